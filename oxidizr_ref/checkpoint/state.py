@@ -1,0 +1,188 @@
+"""What is saved, why, and whether a saved run fits the one that wants to continue it.
+
+Only what cannot be derived is saved. The order of the data, the learning rate, dropped tails, random bits: all follow from
+(config, seed, step, cursor) and are recomputed. `epoch` and `tokens_seen` are stored for readers of the file, and compared
+with what is recomputed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from oxidizr_ref.backend import Array, to_host
+from oxidizr_ref.checkpoint.format import FORMAT_VERSION, Checkpoint
+from oxidizr_ref.config import canonical_json, config_differences
+from oxidizr_ref.errors import CheckpointError, MismatchError
+from oxidizr_ref.version import NUMERICS_VERSION
+
+_OPTIMIZER = "optimizer."
+
+#: What `--allow-mismatch` takes.
+ALLOWABLE = ("seed", "data", "dtype")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All of a run at an optimizer-step boundary.
+
+    ================  =====================================================  ==========================
+    field             why it is needed                                       who owns it
+    ================  =====================================================  ==========================
+    weights           what is being trained                                  model.LanguageModel
+    optimizer         the moments: ``<slot>.<parameter>``                    optim.AdamW
+    step              updates done; addresses learning rate and random bits  trainer.Trainer
+    cursor            windows of data consumed; addresses the data           trainer.Trainer
+    windows_an_epoch  only to derive and compare ``epoch``                   data.Windows
+    config            the keys that determine the bits, seed included        config.Config
+    data              digest and length of the token stream                  data.TokenStream
+    tokenizer         name, digest, vocabulary: text can be made again       tokenizers
+    fingerprint       the machine class                                      fingerprint
+    lineage           earlier changes of config, data or machine class       this file
+    ================  =====================================================  ==========================
+    """
+
+    weights: Mapping[str, Array]
+    optimizer: Mapping[str, Array]
+    step: int
+    cursor: int
+    windows_an_epoch: int
+    config: dict[str, Any]
+    data: dict[str, Any]
+    tokenizer: dict[str, Any]
+    fingerprint: dict[str, Any]
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+
+    def progress(self) -> dict[str, int]:
+        """Where the run stands, the derived numbers included."""
+        return {
+            "step": self.step,
+            "cursor": self.cursor,
+            "windows_an_epoch": self.windows_an_epoch,
+            "epoch": self.cursor // self.windows_an_epoch,
+            "tokens_seen": self.cursor * int(self.config["model"]["max_seq_len"]),
+        }
+
+    def origin(self) -> dict[str, Any]:
+        """A line of lineage: what a run that goes on from here, changed, came from."""
+        return {
+            "step": self.step,
+            "config": _sha256(self.config),
+            "data": self.data["digest"],
+            "fingerprint": _sha256(self.fingerprint),
+        }
+
+
+def to_file(state: RunState) -> tuple[dict[str, Any], dict[str, str]]:
+    """``(tensors, metadata)`` as `format.save` takes them."""
+    tensors = {name: to_host(array) for name, array in state.weights.items()}
+    tensors |= {_OPTIMIZER + name: to_host(array) for name, array in state.optimizer.items()}
+    metadata = {
+        "format": "pt",  # what Hugging Face loaders expect of a file they take weights from
+        "format_version": str(FORMAT_VERSION),
+        "numerics_version": str(NUMERICS_VERSION),
+        "progress": canonical_json(state.progress()),
+        "config": canonical_json(state.config),
+        "data": canonical_json(state.data),
+        "tokenizer": canonical_json(state.tokenizer),
+        "fingerprint": canonical_json(state.fingerprint),
+        "lineage": canonical_json(state.lineage),
+    }
+    return tensors, metadata
+
+
+def from_file(file: Checkpoint, where: object) -> RunState:
+    """The state inside a verified file. Raises CheckpointError (naming ``where``) when it is not a training state."""
+    try:
+        version = int(file.metadata["format_version"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(f"{where}: format version {version} is newer than this package reads ({FORMAT_VERSION})")
+        parts = {key: json.loads(file.metadata[key]) for key in _JSON_KEYS}
+        progress = parts.pop("progress")
+        state = RunState(
+            weights={name: array for name, array in file.tensors.items() if not name.startswith(_OPTIMIZER)},
+            optimizer={n.removeprefix(_OPTIMIZER): a for n, a in file.tensors.items() if n.startswith(_OPTIMIZER)},
+            step=int(progress["step"]),
+            cursor=int(progress["cursor"]),
+            windows_an_epoch=int(progress["windows_an_epoch"]),
+            **parts,
+        )
+        consistent = state.progress() == progress
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: holds no training state of this format ({error!r})") from error
+    if not consistent:
+        raise CheckpointError(f"{where}: epoch or tokens_seen do not follow from its cursor: {progress}")
+    return state
+
+
+_JSON_KEYS = ("progress", "config", "data", "tokenizer", "fingerprint", "lineage")
+
+
+def continue_from(
+    saved: RunState, here: RunState, *, allow: frozenset[str] = frozenset(), strict: bool = False
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """May the run ``here`` continue ``saved``? Returns (what to tell the user, a line each; the lineage to carry on).
+
+    Keys that shape the model must match. Seed, data and dtype must match unless allowed by name. Keys of the trainer and the
+    machine class may change and are told. Raises MismatchError naming what does not fit; with ``strict``, for any change.
+    """
+    changed = config_differences(saved.config, here.config)
+    _refuse_another_model(changed)
+    notices = []
+    for kind, differs, what in (
+        ("seed", _changes(changed, "trainer.seed"), _changes(changed, "trainer.seed")),
+        ("dtype", _changes(changed, "model.dtype"), _changes(changed, "model.dtype")),
+        ("data", _identity(saved) != _identity(here), _describe_data(saved, here)),
+    ):
+        if differs and kind not in allow:
+            raise MismatchError(f"the checkpoint was made with other {kind}: {what}; --allow-mismatch {kind} accepts it")
+        if differs:
+            notices.append(f"going on with other {kind}: {what}")
+    rest = _changes(changed, "trainer.", "model.name", but="trainer.seed")
+    if rest:
+        notices.append(f"config changed at step {saved.step}: {rest}")
+    machine = _machine_changes(saved.fingerprint, here.fingerprint)
+    if machine:
+        notices.append(f"another machine class than the checkpoint's, so other bits from here on: {machine}")
+    if not notices and saved.windows_an_epoch != here.windows_an_epoch:
+        raise CheckpointError(f"the same data gave {saved.windows_an_epoch} windows there, {here.windows_an_epoch} here")
+    if notices and strict:
+        raise MismatchError(f"--strict: {notices[0]}")
+    lineage = [*saved.lineage, saved.origin()] if notices else list(saved.lineage)
+    return notices, lineage
+
+
+def _refuse_another_model(changed: list[tuple[str, Any, Any]]) -> None:
+    shape = [c for c in changed if c[0].startswith("model.") and c[0] not in ("model.name", "model.dtype")]
+    if shape:
+        raise MismatchError(f"the checkpoint holds another model: {_changes(shape, 'model.')}; resume with its own config")
+
+
+def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: str = "\0") -> str:
+    """``key old → new`` of the changed keys with one of these prefixes, in one line."""
+    chosen = [change for change in changed if change[0].startswith(prefixes) and change[0] != but]
+    return ", ".join(f"{key} {old} → {new}" for key, old, new in chosen)
+
+
+def _identity(state: RunState) -> tuple[Any, ...]:
+    return state.data["digest"], state.tokenizer["digest"]
+
+
+def _describe_data(saved: RunState, here: RunState) -> str:
+    if saved.tokenizer["digest"] != here.tokenizer["digest"]:
+        return f"tokenizer {saved.tokenizer['name']} → {here.tokenizer['name']}"
+    old, new = saved.data, here.data
+    return f"{old['tokens']} tokens of SHA-256 {old['digest'][:12]}… → {new['tokens']} tokens of {new['digest'][:12]}…"
+
+
+def _machine_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    names = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    short = {key for key in names if len(str(old.get(key))) + len(str(new.get(key))) < 60}
+    return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" if key in short else key for key in names)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

@@ -1,0 +1,209 @@
+"""The checkpoint directory: step files, metrics, and moving an abandoned branch out of the way.
+
+::
+
+    step_N.safetensors   a whole run after N optimizer steps; nothing else is needed to continue it
+    metrics.jsonl        one line a logged step
+    config.json          the config as it was understood, for people
+    run.json             what the directory is in the middle of (see `supersede_after`)
+    superseded/K/        step files and metric lines of abandoned branches
+
+Order is by step number, never by time. Nothing is deleted but what retention (`max_checkpoints`) lets go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from oxidizr_ref.checkpoint import format
+from oxidizr_ref.errors import CheckpointError, UsageError
+
+_STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)\.safetensors")
+_LEFTOVER = re.compile(r"\.(step_[0-9]+\.safetensors|[a-z]+\.jsonl?)\.[0-9]+\.tmp")
+
+
+class CheckpointStore:
+    """One checkpoint directory. ``keep``: how many step files to keep, 0 for all."""
+
+    def __init__(self, directory: Path, keep: int = 0) -> None:
+        self.directory, self.keep = directory, keep
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def path(self, step: int) -> Path:
+        """The file of one step."""
+        return self.directory / f"step_{step}.safetensors"
+
+    def steps(self) -> list[int]:
+        """The steps whose files are here, ascending."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_STEP_FILE.fullmatch(entry.name) for entry in self.directory.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def describe(self) -> str:
+        """Which step files are here, in a few words."""
+        steps = self.steps()
+        if not steps:
+            return f"{self.directory} holds no step files"
+        return f"{self.directory} holds " + ", ".join(f"step_{step}" for step in steps[-10:])
+
+    def resolve(self, wish: str) -> Path | None:
+        """The file ``--resume`` means: a path, or ``auto`` for the newest here (None when there is none).
+
+        Raises UsageError when a path is not there (saying what is).
+        """
+        self._finish_what_was_interrupted()
+        if wish == "auto":
+            steps = self.steps()
+            return self.path(steps[-1]) if steps else None
+        path = Path(wish)
+        if not path.is_file():
+            there = CheckpointStore(path.parent) if path.parent.is_dir() else self
+            raise UsageError(f"--resume {wish}: no such file; {there.describe()}")
+        return path
+
+    def load(self, path: Path) -> format.Checkpoint:
+        """Read and prove one file. A file named ``step_N`` whose inside says another step is damage."""
+        checkpoint = format.load(path)
+        match = _STEP_FILE.fullmatch(path.name)
+        inside = json.loads(checkpoint.metadata.get("progress", "{}")).get("step")
+        if match and int(match[1]) != inside:
+            raise CheckpointError(f"{path}: named after step {match[1]}, but it holds step {inside}")
+        return checkpoint
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        """Make the directory, clear away what a killed writer left, note the config. Raises UsageError if it cannot."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for entry in sorted(self.directory.iterdir()):
+                if _LEFTOVER.fullmatch(entry.name):
+                    entry.unlink()
+            self._write("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"checkpoint directory {self.directory}: {reason}; see --checkpoint-dir") from error
+
+    def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+        """Write the file of one step, metrics first, then let go of the oldest beyond ``keep``.
+
+        Raises CheckpointError when a sound file of this step is there and holds other bytes: determinism was broken.
+        """
+        self._sync_metrics()
+        path = self.path(step)
+        if path.exists():
+            self._must_be_equal(path, format.encode_header(tensors, metadata))
+        else:
+            format.save(path, tensors, metadata)
+        self._prune(step)
+        return path
+
+    def _must_be_equal(self, path: Path, header: bytes) -> None:
+        # The header names every bit of the payload by its digest, so equal headers of whole files mean equal files.
+        format.verify(path)
+        with open(path, "rb") as file:
+            if file.read(len(header)) != header:
+                raise CheckpointError(f"{path} is there, and this run made other bytes for it: determinism was broken")
+
+    def _prune(self, saved: int) -> None:
+        if self.keep:
+            for step in self.steps()[: -self.keep]:
+                if step != saved:
+                    self.path(step).unlink(missing_ok=True)
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a small file, whole or not at all."""
+        temporary = self.directory / f".{name}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.directory / name)
+        format.sync_directory(self.directory)
+
+    # --- branches -----------------------------------------------------------------------------------------------------
+
+    def refuse_to_start_over(self) -> None:
+        """A fresh start where a run already is would mix two runs. Raises UsageError naming the ways on."""
+        self._finish_what_was_interrupted()
+        if self.steps():
+            raise UsageError(
+                f"{self.describe()}; continue with --resume auto, start over with --overwrite "
+                "(moves them to superseded/), or choose another --checkpoint-dir"
+            )
+
+    def supersede_after(self, step: int) -> list[int]:
+        """Move the step files beyond ``step`` and their metric lines to ``superseded/``; -1 means all. Returns the steps.
+
+        What is about to be moved is noted in run.json first. If the process dies in between, the next one finishes the
+        moving before it looks for the newest file, so it can never continue on the abandoned branch.
+        """
+        steps = [later for later in self.steps() if later > step]
+        if not steps:
+            self._cut_metrics(step, None)
+            return []
+        taken = self.directory / "superseded"
+        number = 1 + max((int(e.name) for e in taken.iterdir() if e.name.isdigit()), default=0) if taken.is_dir() else 1
+        self._write("run.json", json.dumps({"superseding": {"after": step, "steps": steps, "into": str(number)}}))
+        self._finish_what_was_interrupted()
+        return steps
+
+    def _finish_what_was_interrupted(self) -> None:
+        note = self.directory / "run.json"
+        if not note.is_file():
+            return
+        task = json.loads(note.read_text(encoding="utf-8")).get("superseding")
+        if task is None:
+            return
+        into = self.directory / "superseded" / task["into"]
+        into.mkdir(parents=True, exist_ok=True)
+        for step in task["steps"]:
+            if self.path(step).exists():
+                os.replace(self.path(step), into / self.path(step).name)
+        self._cut_metrics(task["after"], into / "metrics.jsonl")
+        format.sync_directory(into)
+        self._write("run.json", json.dumps({"superseding": None}))
+
+    # --- metrics ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with open(self._metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def _sync_metrics(self) -> None:
+        """Lines of a step are on the disk before the file of that step appears."""
+        if self._metrics.exists():
+            with open(self._metrics, "ab") as file:
+                os.fsync(file.fileno())
+
+    def _cut_metrics(self, step: int, beyond: Path | None) -> None:
+        """Keep the lines up to ``step``; copy the later ones to ``beyond``. Half a line, left by a kill, is dropped.
+
+        A line marked ``final`` says how a run ended, and goes when the run goes on.
+        """
+        if not self._metrics.exists():
+            return
+        kept: list[str] = []
+        later: list[str] = []
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+                past = record["step"] > step or bool(record.get("final"))
+            except (ValueError, KeyError, TypeError):
+                continue
+            (later if past else kept).append(line)
+        if later and beyond is not None:
+            beyond.write_text("".join(later), encoding="utf-8")
+        self._write("metrics.jsonl", "".join(kept))

@@ -1,0 +1,41 @@
+"""Linear map: ``y = x Wᵀ`` with the weight stored ``[out, in]``, as in PyTorch.
+
+The products are cut into fixed tiles (`parallel.matmul`). A low-precision weight is cast where it is used and kept in its
+storage dtype.
+"""
+
+from __future__ import annotations
+
+from oxidizr_ref import ops, parallel
+from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.backend import Array, to_compute
+from oxidizr_ref.fused.register import fused
+
+
+def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, composed from primitives."""
+    return ops.matmul(x, ops.swapaxes(weight, 0, 1))
+
+
+class Linear(Function):
+    casts_inputs = False
+
+    def forward(self, x: Array, weight: Array) -> Array:
+        self.x = to_compute(x).reshape(-1, x.shape[-1])
+        self.weight = weight
+        y = parallel.matmul(self.x, to_compute(weight).T)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        shape = dy.shape[:-1]
+        dy = dy.reshape(-1, dy.shape[-1])
+        # y = x Wᵀ
+        dx = parallel.matmul(dy, to_compute(self.weight)) if self.needs[0] else None
+        dweight = parallel.matmul(dy.T, self.x) if self.needs[1] else None
+        return None if dx is None else dx.reshape(*shape, self.x.shape[1]), dweight
+
+
+@fused(linear_ref)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x Wᵀ`` over the last axis. x: ``[..., in]``, weight: ``[out, in]``. Returns ``[..., out]``."""
+    return Linear.apply(x, weight)

@@ -1,0 +1,98 @@
+"""The output projection and the cross-entropy in one: ``loss = Σ_t (log Σ_v exp(h_t·w_v) - h_t·w_target(t)) / divisor``.
+
+The full logits (tokens × vocabulary: the largest array of a small model by far) never exist. Tokens are taken in chunks;
+the gradient of the logits, ``softmax - onehot``, is formed where the logits were and turned into dh and dW in the same
+pass, so that the backward pass only multiplies by the incoming scalar (the idea of Wijmans et al. 2024, "Cut your losses",
+on a CPU).
+"""
+
+from __future__ import annotations
+
+from oxidizr_ref import ops, parallel
+from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.backend import Array, to_compute, xp_of
+from oxidizr_ref.fused.register import fused
+
+#: Logits of one chunk: 32 MiB in float32.
+LOGITS = 1 << 23
+#: Fewer tokens than this in a chunk would leave the matrix products waiting for memory.
+FEWEST_TOKENS = 64
+
+
+def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Array, divisor: float) -> Tensor:
+    """The same, composed from primitives."""
+    logits = ops.matmul(hidden, ops.swapaxes(weight, 0, 1))
+    picked = ops.take_along(ops.log_softmax(logits, axis=-1), ids=targets[..., None])
+    return -picked.sum() / divisor
+
+
+class LinearCrossEntropy(Function):
+    casts_inputs = False
+
+    def forward(self, hidden: Array, weight: Array, *, targets: Array, divisor: float) -> Array:
+        xp, self.shape = xp_of(hidden), hidden.shape
+        h, w, targets = to_compute(hidden).reshape(-1, hidden.shape[-1]), to_compute(weight), targets.reshape(-1)
+        losses = xp.empty(h.shape[0], dtype=h.dtype)
+        dh = xp.empty_like(h) if self.needs[0] else None
+        dw = xp.zeros(w.shape, dtype=w.dtype) if self.needs[1] else None
+
+        for i, j in parallel.tiles(h.shape[0], max(FEWEST_TOKENS, LOGITS // w.shape[0])):
+            logits = parallel.matmul(h[i:j], w.T)  # (1)
+            _softmax_minus_onehot(logits, targets[i:j], losses[i:j])  # (2): logits become dlogits
+            if dh is not None:
+                parallel.matmul(logits, w, out=dh[i:j])  # (1) logits = h Wᵀ
+            if dw is not None:
+                _add_product(dw, logits.T, h[i:j])
+        self.dh, self.dw, self.divisor = dh, dw, divisor
+        # A pairwise sum over a contiguous array: its order depends on the length alone.
+        return losses.sum() / xp.asarray(divisor, dtype=losses.dtype)
+
+    def backward(self, dy: Array) -> tuple[Array | None, ...]:
+        factor = dy / xp_of(dy).asarray(self.divisor, dtype=dy.dtype)
+        for gradient in (self.dh, self.dw):
+            if gradient is not None:
+                _scale(gradient, factor)
+        return None if self.dh is None else self.dh.reshape(self.shape), self.dw
+
+
+def _softmax_minus_onehot(logits: Array, targets: Array, losses: Array) -> None:
+    """Overwrite logits ``[n, vocab]`` by softmax - onehot(targets), and losses ``[n]`` by the tokens' cross-entropies."""
+    xp = xp_of(logits)
+
+    def rows(i: int, j: int) -> None:
+        tile, at = logits[i:j], (xp.arange(j - i), targets[i:j])
+        tile -= tile.max(axis=1, keepdims=True)
+        picked = tile[at]
+        xp.exp(tile, out=tile)
+        total = tile.sum(axis=1)
+        losses[i:j] = xp.log(total) - picked
+        tile /= total[:, None]
+        tile[at] -= 1  # each row's target is one element: no index appears twice
+
+    parallel.for_tiles(parallel.row_tiles(*logits.shape), rows)
+
+
+def _add_product(out: Array, a: Array, b: Array) -> None:
+    """``out += a @ b`` over tiles of rows, so that no second array of the size of ``out`` is made."""
+    xp = xp_of(out)
+
+    def rows(i: int, j: int) -> None:
+        out[i:j] += xp.matmul(a[i:j], b)
+
+    parallel.for_tiles(parallel.product_tiles(out.shape[0]), rows)
+
+
+def _scale(x: Array, factor: Array) -> None:
+    def rows(i: int, j: int) -> None:
+        x[i:j] *= factor
+
+    parallel.for_tiles(parallel.row_tiles(*x.shape), rows)
+
+
+@fused(linear_cross_entropy_ref)
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Array, divisor: float) -> Tensor:
+    """The sum of the tokens' cross-entropies (nats) over ``divisor``, a scalar.
+
+    hidden: ``[..., width]``; weight: ``[vocab, width]``; targets: int64 ``[...]`` in [0, vocab).
+    """
+    return LinearCrossEntropy.apply(hidden, weight, targets=targets, divisor=divisor)

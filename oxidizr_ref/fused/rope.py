@@ -1,0 +1,76 @@
+"""Rotary position embedding (Su et al. 2021, section 3.4), in the rotate-half layout of Llama and Hugging Face.
+
+Channel i of the first half and channel i of the second half form a pair, turned by the angle ``t * theta^(-2i/d)`` at
+position t::
+
+    y1 = x1 cos - x2 sin
+    y2 = x2 cos + x1 sin
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from oxidizr_ref import ops, parallel
+from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.backend import Array, to_device, xp_of
+from oxidizr_ref.fused.register import fused
+
+
+@functools.lru_cache(maxsize=64)
+def _host_tables(start: int, stop: int, width: int, theta: float, dtype: str) -> tuple[np.ndarray[Any, Any], ...]:
+    inverse_frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = np.outer(np.arange(start, stop, dtype=np.float64), inverse_frequency)
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def rope_tables(start: int, stop: int, like: Array, theta: float) -> tuple[Array, Array]:
+    """cos and sin of the angles at positions start … stop-1, computed in float64. Each ``[stop-start, 1, width/2]``."""
+    cos, sin = _host_tables(start, stop, like.shape[-1], theta, like.dtype.name)
+    return to_device(cos[:, None], like), to_device(sin[:, None], like)
+
+
+def rope_ref(x: Tensor, theta: float, start: int = 0) -> Tensor:
+    """The same, composed from primitives."""
+    half = x.shape[-1] // 2
+    cos, sin = (Tensor(table) for table in rope_tables(start, start + x.shape[1], x.data, theta))
+    x1, x2 = x[..., :half], x[..., half:]
+    return ops.concatenate(x1 * cos - x2 * sin, x2 * cos + x1 * sin, axis=-1)
+
+
+class RoPE(Function):
+    def forward(self, x: Array, *, theta: float, start: int) -> Array:
+        self.cos, self.sin = rope_tables(start, start + x.shape[1], x, theta)
+        return _rotate(x, self.cos, self.sin)
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        # The transpose of a rotation is the rotation by the opposite angle.
+        return (_rotate(dy, self.cos, -self.sin),)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    xp, half, length = xp_of(x), x.shape[-1] // 2, x.shape[1]
+    y = xp.empty(x.shape, dtype=x.dtype)
+    borders = parallel.row_tiles(length, x.shape[2] * x.shape[3])
+
+    def positions(index: int) -> None:
+        batch, tile = divmod(index, len(borders))
+        i, j = borders[tile]
+        x1, x2 = x[batch, i:j, :, :half], x[batch, i:j, :, half:]
+        y1, y2 = y[batch, i:j, :, :half], y[batch, i:j, :, half:]
+        xp.multiply(x1, cos[i:j], out=y1)
+        y1 -= x2 * sin[i:j]
+        xp.multiply(x2, cos[i:j], out=y2)
+        y2 += x1 * sin[i:j]
+
+    parallel.for_each(x.shape[0] * len(borders), positions)
+    return y
+
+
+@fused(rope_ref)
+def rope(x: Tensor, theta: float, start: int = 0) -> Tensor:
+    """Turn x ``[batch, time, heads, width]`` by its positions, which begin at ``start``. Returns the same shape."""
+    return RoPE.apply(x, theta=theta, start=start)

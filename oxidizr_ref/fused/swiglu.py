@@ -1,0 +1,105 @@
+"""The SwiGLU feed-forward (Shazeer 2020, eq. 6): ``y = (silu(x Wgᵀ) ∘ (x Wuᵀ)) Wdᵀ`` with ``silu(v) = v * sigmoid(v)``.
+
+One tile of rows goes through the whole chain while it is in the cache. Kept for the backward pass: x, gate and up; the
+activation ``silu(gate) * up`` is cheaper to recompute than to keep.
+"""
+
+from __future__ import annotations
+
+from oxidizr_ref import ops, parallel
+from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.backend import Array, to_compute, xp_of
+from oxidizr_ref.fused.register import fused
+
+
+def swiglu_ref(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    """The same, composed from primitives."""
+    gate = ops.matmul(x, ops.swapaxes(gate_weight, 0, 1))
+    up = ops.matmul(x, ops.swapaxes(up_weight, 0, 1))
+    return ops.matmul(ops.silu(gate) * up, ops.swapaxes(down_weight, 0, 1))
+
+
+class SwiGLU(Function):
+    casts_inputs = False
+
+    def forward(self, x: Array, gate_weight: Array, up_weight: Array, down_weight: Array) -> Array:
+        xp, shape = xp_of(x), x.shape
+        self.weights = gate_weight, up_weight, down_weight
+        wg, wu, wd = (to_compute(weight) for weight in self.weights)
+        x = to_compute(x).reshape(-1, shape[-1])
+        gate, up = (xp.empty((x.shape[0], wg.shape[0]), dtype=x.dtype) for _ in range(2))
+        y = xp.empty((x.shape[0], wd.shape[0]), dtype=x.dtype)
+
+        def rows(i: int, j: int) -> None:
+            xp.matmul(x[i:j], wg.T, out=gate[i:j])  # (1)
+            xp.matmul(x[i:j], wu.T, out=up[i:j])  # (2)
+            xp.matmul(_activation(gate[i:j], up[i:j]), wd.T, out=y[i:j])  # (3), (4)
+
+        parallel.for_tiles(parallel.product_tiles(x.shape[0]), rows)
+        self.x, self.gate, self.up = x, gate, up
+        return y.reshape(*shape[:-1], wd.shape[0])
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        xp, shape, x, gate, up = xp_of(dy), dy.shape, self.x, self.gate, self.up
+        wg, wu, wd = (to_compute(weight) for weight in self.weights)
+        dy = dy.reshape(-1, shape[-1])
+        activation, dx = xp.empty_like(gate), xp.empty_like(x)
+
+        def rows(i: int, j: int) -> None:
+            activation[i:j] = _activation(gate[i:j], up[i:j])
+            dactivation = xp.matmul(dy[i:j], wd)  # (4) y = activation Wdᵀ
+            # (3) activation = silu(gate) * up; the gradients take the place of gate and up
+            _activation_backward(dactivation, gate[i:j], up[i:j])
+            xp.matmul(gate[i:j], wg, out=dx[i:j])  # (1) gate = x Wgᵀ
+            dx[i:j] += xp.matmul(up[i:j], wu)  # (2) up = x Wuᵀ
+
+        parallel.for_tiles(parallel.product_tiles(x.shape[0]), rows)
+        dgate, dup = gate, up
+        return (
+            dx.reshape(*shape[:-1], x.shape[1]),
+            parallel.matmul(dgate.T, x),
+            parallel.matmul(dup.T, x),
+            parallel.matmul(dy.T, activation),
+        )
+
+
+def _activation(gate: Array, up: Array) -> Array:
+    """``silu(gate) * up``, with sigmoid(v) = tanh(v/2)/2 + 1/2, which cannot overflow."""
+    xp = xp_of(gate)
+    out = xp.empty_like(gate)
+    for i, j in parallel.row_tiles(*gate.shape):
+        tile = xp.multiply(gate[i:j], 0.5, out=out[i:j])
+        xp.tanh(tile, out=tile)
+        tile += 1
+        tile *= gate[i:j]
+        tile *= up[i:j]
+        tile *= 0.5
+    return out
+
+
+def _activation_backward(da: Array, gate: Array, up: Array) -> None:
+    """Overwrite gate and up by their gradients, given da of ``a = gate * s * up`` with s = sigmoid(gate).
+
+    ``dgate = da * up * s * (1 + gate * (1 - s))`` and ``dup = da * gate * s``.
+    """
+    xp = xp_of(da)
+    for i, j in parallel.row_tiles(*gate.shape):
+        g, u, d = gate[i:j], up[i:j], da[i:j]
+        s = xp.tanh(g * 0.5)
+        s += 1
+        s *= 0.5
+        d *= s  # da * s
+        u *= d  # da * s * up
+        s -= 1
+        s *= g  # gate * (s - 1)
+        d *= g  # da * s * gate = dup
+        g[...] = u
+        s *= u
+        g -= s  # dgate = da s up - da s up gate (s - 1)
+        u[...] = d
+
+
+@fused(swiglu_ref)
+def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    """The feed-forward. x: ``[..., hidden]``; gate, up: ``[inner, hidden]``; down: ``[hidden, inner]``. Returns as x."""
+    return SwiGLU.apply(x, gate_weight, up_weight, down_weight)

@@ -1,0 +1,1 @@
+"""The layers a model is built from, one architecture family a file."""

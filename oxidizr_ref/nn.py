@@ -1,0 +1,128 @@
+"""Modules: named trees of parameters, and the three small ones every architecture uses.
+
+A parameter is created with a recipe for its first value and filled later, once its full name is known: the random words
+behind it are addressed by that name, so no parameter's value depends on how many others were drawn before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from oxidizr_ref import ops, rng
+from oxidizr_ref.autograd import Tensor
+from oxidizr_ref.backend import Array, owned, xp_of
+from oxidizr_ref.errors import DataError
+from oxidizr_ref.fused.linear import linear
+from oxidizr_ref.fused.rms_norm import rms_norm
+
+#: (seed, full parameter name, shape) -> first value, float32.
+Recipe: TypeAlias = Callable[[int, str, tuple[int, ...]], np.ndarray[Any, Any]]
+
+
+def normal(std: float) -> Recipe:
+    """Normal numbers of standard deviation ``std``."""
+    return lambda seed, name, shape: rng.normal(seed, "init", name, shape, std)
+
+
+def constant(value: float) -> Recipe:
+    """The same number everywhere."""
+    return lambda seed, name, shape: np.full(shape, value, dtype=np.float32)
+
+
+class Parameter(Tensor):
+    """A tensor that training changes. Empty until `Module.initialize` or `Module.load_state_dict` fills it."""
+
+    __slots__ = ("full_shape", "recipe")
+
+    def __init__(self, shape: tuple[int, ...], recipe: Recipe) -> None:
+        super().__init__(np.empty(0, dtype=np.float32), requires_grad=True)
+        self.full_shape, self.recipe = shape, recipe
+
+
+class Module:
+    """A part of a model. Its parameters and sub-modules are the attributes that hold them, named as they are."""
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """All parameters with their full dotted names, in the order they were created."""
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                yield prefix + name, value
+            elif isinstance(value, Module):
+                yield from value.named_parameters(f"{prefix}{name}.")
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    yield from item.named_parameters(f"{prefix}{name}.{index}.")
+
+    def num_parameters(self) -> int:
+        """How many numbers training changes."""
+        return sum(int(np.prod(p.full_shape, dtype=np.int64)) for _, p in self.named_parameters())
+
+    def initialize(self, seed: int, dtype: np.dtype[Any]) -> None:
+        """Fill every parameter by its recipe, stored as ``dtype``."""
+        for name, parameter in self.named_parameters():
+            parameter.data = owned(parameter.recipe(seed, name, parameter.full_shape).astype(dtype, copy=False))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Array]:
+        """The live arrays of all parameters by name, not copies."""
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, arrays: Mapping[str, Array]) -> None:
+        """Copy ``arrays`` into the parameters' own arrays, converting to their dtype.
+
+        Raises DataError naming the first name or shape that does not fit; then nothing was changed.
+        """
+        parameters = dict(self.named_parameters())
+        odd = sorted(parameters.keys() ^ arrays.keys())
+        if odd:
+            where = "missing from the arrays" if odd[0] in parameters else "not a parameter of this model"
+            raise DataError(f"load_state_dict: {odd[0]} is {where} ({len(odd)} such names)")
+        for name, parameter in parameters.items():
+            if arrays[name].shape != parameter.full_shape:
+                found, wanted = list(arrays[name].shape), list(parameter.full_shape)
+                raise DataError(f"load_state_dict: {name} has shape {found}, the model needs {wanted}")
+        for name, parameter in parameters.items():
+            parameter.data[...] = arrays[name]
+
+
+class Linear(Module):
+    """``y = x Wᵀ``, weight ``[out, in]``, no bias."""
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        self.weight = Parameter((outputs, inputs), normal(std))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Embedding(Module):
+    """A row of numbers for every token id, weight ``[vocab, width]``."""
+
+    def __init__(self, vocab_size: int, width: int, std: float) -> None:
+        self.weight = Parameter((vocab_size, width), normal(std))
+
+    def __call__(self, ids: Array) -> Tensor:
+        """ids: int ``[...]``. Returns ``[..., width]``. Raises DataError for an id outside the vocabulary."""
+        vocab_size = self.weight.shape[0]
+        # Checked on the host only: on a device the check would wait for it, and data.py has checked every id already.
+        if xp_of(ids) is np and ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+            worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise DataError(f"token id {worst} is outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")
+        return ops.lookup(self.weight, ids=ids)
+
+
+class RMSNorm(Module):
+    """Root-mean-square normalization of the last axis, weight ``[width]``."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.weight, self.eps = Parameter((width,), constant(1.0)), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

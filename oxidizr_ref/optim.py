@@ -1,0 +1,154 @@
+"""AdamW, the global gradient norm, and learning-rate schedules, over dictionaries of named arrays.
+
+Glossary: ``exp_avg``, ``exp_avg_sq`` are the moments m and v of the paper; ``n`` counts updates from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from oxidizr_ref import parallel, rng
+from oxidizr_ref.backend import Array, compute_dtype, to_compute, to_device, xp_of
+from oxidizr_ref.errors import CheckpointError
+
+#: Names ending so are not pulled towards zero: norms, biases, and the decay and skip parameters of state space models.
+NO_DECAY = ("norm.weight", "layernorm.weight", "bias", "A_log", ".D")
+
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay acts on the parameter of this name."""
+    return not name.endswith(NO_DECAY)
+
+
+def global_norm(gradients: Mapping[str, Array]) -> float:
+    """The Euclidean norm of all gradients together: squares over fixed tiles, one tree, parameters in name order."""
+    pieces = _pieces(gradients)
+    squares = [0.0] * len(pieces)
+
+    def square(index: int) -> None:
+        name, i, j = pieces[index]
+        tile = gradients[name].reshape(-1)[i:j].astype(np.float64)
+        squares[index] = float(xp_of(tile).dot(tile, tile))
+
+    parallel.for_each(len(pieces), square)
+    return math.sqrt(parallel.tree_sum(squares)) if squares else 0.0
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by: ``min(1, max_norm / (norm + 1e-6))``; 1 where max_norm is 0."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+
+
+def learning_rate(n: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int, min_lr_ratio: float) -> float:
+    """The learning rate of update ``n`` (1, 2, …, total_steps).
+
+    It rises linearly to ``peak`` over ``warmup_steps``, then: ``constant`` stays; ``linear`` and ``cosine`` (Loshchilov &
+    Hutter 2017) fall to ``min_lr_ratio * peak``; ``wsd`` (warmup-stable-decay, Hu et al. 2024) stays and falls linearly
+    over the last fifth of all steps.
+    """
+    if n <= warmup_steps:
+        return peak * n / warmup_steps
+    if schedule == "constant":
+        return peak
+    begin = warmup_steps if schedule != "wsd" else max(warmup_steps, total_steps - total_steps // 5)
+    done = min(1.0, max(0.0, (n - 1 - begin) / max(1, total_steps - begin)))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * shape)
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
+
+    ``arrays`` are the live parameters by name, changed in place. The moments are kept in the compute dtype. bf16
+    parameters are updated in float32 and rounded stochastically: rounding to nearest would lose every update below half a
+    unit in the last place (Zamirai et al. 2020); the random bits are addressed by (seed, name, update, element).
+    """
+
+    SLOTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        self.arrays, self.lr, self.betas, self.eps, self.weight_decay, self.seed = arrays, lr, betas, eps, weight_decay, seed
+        self.updates = 0
+        self.slots = {slot: {name: _zeros_like(array) for name, array in arrays.items()} for slot in self.SLOTS}
+        self._pieces = _pieces(arrays)
+
+    def step(self, gradients: Mapping[str, Array], lr: float | None = None, gradient_scale: float = 1.0) -> None:
+        """One update of every parameter, with ``gradients * gradient_scale`` and learning rate ``lr`` (default: the own)."""
+        if gradients.keys() != self.arrays.keys():
+            raise KeyError(f"gradients and parameters differ in {sorted(gradients.keys() ^ self.arrays.keys())[:3]}")
+        self.updates += 1
+        rate = self.lr if lr is None else lr
+
+        def update(index: int) -> None:
+            self._update(*self._pieces[index], gradients, rate, gradient_scale)
+
+        parallel.for_each(len(self._pieces), update)
+
+    def _update(self, name: str, i: int, j: int, gradients: Mapping[str, Array], lr: float, scale: float) -> None:
+        """Elements i … j-1 of one parameter, all steps of the algorithm in one pass through the cache."""
+        (beta1, beta2), n = self.betas, self.updates
+        stored = self.arrays[name].reshape(-1)[i:j]
+        m, v = (self.slots[slot][name].reshape(-1)[i:j] for slot in self.SLOTS)
+        xp = xp_of(stored)
+        g = gradients[name].reshape(-1)[i:j] * scale
+        # m = β1 m + (1 - β1) g;  v = β2 v + (1 - β2) g²
+        m *= beta1
+        m += g * (1 - beta1)
+        v *= beta2
+        g *= g
+        g *= 1 - beta2
+        v += g
+        # p = p - lr wd p - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1 - β1ⁿ),  v̂ = v / (1 - β2ⁿ)
+        denominator = xp.sqrt(v, out=g)
+        denominator /= math.sqrt(1 - beta2**n)
+        denominator += self.eps
+        update = xp.divide(m, denominator, out=g)
+        update *= lr / (1 - beta1**n)
+        p = to_compute(stored)  # the parameter itself where it is stored in its compute dtype
+        if decays(name):
+            p *= 1 - lr * self.weight_decay
+        p -= update
+        if p is not stored:
+            stored[...] = self._round_stochastically(p, name, i) if stored.dtype == _BF16 else p.astype(stored.dtype)
+
+    def _round_stochastically(self, p: Array, name: str, start: int) -> Array:
+        """float32 to bf16: add 16 random bits below the last one kept, then cut (so that the expectation is ``p``)."""
+        words = rng.words(self.seed, "rounding", name, self.updates, -(-len(p) // 4), start // 4)
+        bits = p.view(np.uint32) + to_device(words.view("<u2")[: len(p)], p)
+        return (bits >> 16).astype(np.uint16).view(_BF16)
+
+    def state_dict(self) -> dict[str, Array]:
+        """The live arrays of all slots, named ``<slot>.<parameter>``."""
+        return {f"{slot}.{name}": array for slot in self.SLOTS for name, array in self.slots[slot].items()}
+
+    def load_state_dict(self, arrays: Mapping[str, Array], updates: int) -> None:
+        """Copy the slots and say how many updates they have seen. Raises CheckpointError for a slot that does not fit."""
+        for name, slot in self.state_dict().items():
+            if name not in arrays or arrays[name].shape != slot.shape:
+                raise CheckpointError(f"the optimizer slot {name} is missing or has another shape than {list(slot.shape)}")
+            slot[...] = arrays[name]
+        self.updates = updates
+
+
+def _zeros_like(array: Array) -> Array:
+    return xp_of(array).zeros(array.shape, dtype=compute_dtype(array.dtype))
+
+
+def _pieces(arrays: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """All arrays, in name order, cut into tiles: (name, start, stop) over the flattened array."""
+    return [(name, i, j) for name in sorted(arrays) for i, j in parallel.tiles(arrays[name].size, parallel.ELEMENTS)]

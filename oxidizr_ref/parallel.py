@@ -1,0 +1,209 @@
+"""Fixed tiles on a thread pool: all the parallelism there is.
+
+Work is cut into tiles whose number and borders depend on shapes alone. Threads only decide who computes a tile, never what
+is computed, so any number of threads gives the same bits. Two rules follow:
+
+* BLAS runs with one thread a call (its own threading changes sums); this file sets and checks that at import.
+* Tiles write to places of their own. What must be summed across tiles is summed afterwards by `tree_sum`, one fixed
+  binary tree: T[i,j) splits at the largest power of two below j-i.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+from oxidizr_ref.backend import Array, xp_of
+
+_BLAS = ThreadpoolController()
+_BLAS.limit(limits=1, user_api="blas")
+_serial_libraries = [library for library in _BLAS.info() if library["user_api"] == "blas"]
+assert all(library["num_threads"] == 1 for library in _serial_libraries), _serial_libraries
+
+#: Elements of one tile of elementwise work: a few float32 temporaries of this size stay in a core's L2 cache.
+ELEMENTS = 16384
+#: A matrix product with fewer multiplications than this is not worth waking a thread for.
+SMALL_PRODUCT = 1 << 20
+
+Tile = tuple[int, int]
+T = TypeVar("T")
+
+
+def blas_info() -> list[dict[str, Any]]:
+    """The BLAS libraries in this process, as threadpoolctl reports them."""
+    return _serial_libraries
+
+
+# --- who works --------------------------------------------------------------------------------------------------------
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_threads = _available_cores()
+_jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
+_workers: list[threading.Thread] = []
+_inside_a_tile = threading.local()
+
+
+def set_threads(count: int) -> None:
+    """Use ``count`` threads from now on. Changes the speed and nothing else."""
+    global _threads
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, not {count}")
+    _threads = count
+
+
+def get_threads() -> int:
+    """How many threads tiles are spread over."""
+    return _threads
+
+
+def _work_for_ever() -> None:
+    while True:
+        _jobs.get()()
+
+
+def _forget_workers() -> None:
+    """A forked child has none of its parent's threads."""
+    global _jobs
+    _workers.clear()
+    _jobs = SimpleQueue()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
+
+
+def for_each(count: int, work: Callable[[int], None]) -> None:
+    """Call ``work(i)`` once for every i in 0 … count-1, spread over the threads, and wait for all.
+
+    ``work`` must write only to places that belong to its i. The first exception (lowest i) is raised after all are done.
+    """
+    if _threads == 1 or count <= 1 or getattr(_inside_a_tile, "flag", False):
+        for index in range(count):
+            work(index)
+        return
+
+    tickets = iter(range(count))  # next() on a range iterator is atomic
+    errors: list[tuple[int, BaseException]] = []
+    finished: SimpleQueue[None] = SimpleQueue()
+
+    def take_tickets(report: bool) -> int:
+        done = 0
+        _inside_a_tile.flag = True
+        try:
+            for index in tickets:
+                try:
+                    work(index)
+                except BaseException as error:
+                    errors.append((index, error))
+                done += 1
+                if report:
+                    finished.put(None)
+        finally:
+            _inside_a_tile.flag = False
+        return done
+
+    helpers = min(_threads, count) - 1
+    while len(_workers) < helpers:
+        worker = threading.Thread(target=_work_for_ever, name=f"tiles-{len(_workers)}", daemon=True)
+        _workers.append(worker)
+        worker.start()
+    for _ in range(helpers):
+        _jobs.put(lambda: take_tickets(report=True))
+    # A helper that wakes up late finds no ticket left: only tiles are waited for, not helpers.
+    for _ in range(count - take_tickets(report=False)):
+        finished.get()
+    if errors:
+        raise min(errors, key=lambda pair: pair[0])[1]
+
+
+# --- how work is cut --------------------------------------------------------------------------------------------------
+
+
+def tiles(count: int, size: int) -> list[Tile]:
+    """``[0, count)`` cut every ``size``: the borders of the tiles."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def row_tiles(rows: int, width: int) -> list[Tile]:
+    """Tiles of whole rows for elementwise work on ``[rows, width]``, about `ELEMENTS` each."""
+    return tiles(rows, max(1, ELEMENTS // max(1, width)))
+
+
+def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None:
+    """Call ``work(start, stop)`` for every tile, spread over the threads."""
+    for_each(len(borders), lambda index: work(*borders[index]))
+
+
+def product_tiles(extent: int) -> list[Tile]:
+    """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call."""
+    size = min(512, max(64, -(-extent // 8 // 64) * 64))
+    return tiles(extent, size)
+
+
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """``a @ b`` of two matrices, cut along the longer side of the result. Returns ``[m, n]``, C-contiguous or ``out``."""
+    m, n = a.shape[0], b.shape[1]
+    xp = xp_of(a)
+    if out is None:
+        out = xp.empty((m, n), dtype=a.dtype)
+    if m * n * a.shape[1] < SMALL_PRODUCT:
+        xp.matmul(a, b, out=out)
+    elif m >= n:
+        for_tiles(product_tiles(m), lambda i, j: xp.matmul(a[i:j], b, out=out[i:j]))
+    else:
+        for_tiles(product_tiles(n), lambda i, j: xp.matmul(a, b[:, i:j], out=out[:, i:j]))
+    return out
+
+
+# --- how parts are summed ---------------------------------------------------------------------------------------------
+
+
+def tree_sum(parts: Sequence[T], add: Callable[[T, T], T] = lambda a, b: a + b) -> T:  # type: ignore[operator]
+    """The sum of ``parts`` over the fixed binary tree T[i,j), which splits at the largest power of two below j-i.
+
+    The order is a function of ``len(parts)`` alone. Raises ValueError when there is nothing to sum.
+    """
+    counter = TreeCounter(add)
+    for part in parts:
+        counter.push(part)
+    return counter.total()
+
+
+class TreeCounter(Generic[T]):
+    """`tree_sum` for parts that arrive one by one: a binary counter holding about log2(n) partial sums.
+
+    After n pushes the stack holds one sum for each set bit of n, largest first. Folding it from the right end is exactly
+    T[0,n).
+    """
+
+    def __init__(self, add: Callable[[T, T], T] = lambda a, b: a + b) -> None:  # type: ignore[operator]
+        self._add = add
+        self._stack: list[tuple[int, T]] = []  # (number of parts, their sum)
+
+    def push(self, part: T) -> None:
+        """Add one part, merging equal-sized sums as a carry does."""
+        size = 1
+        while self._stack and self._stack[-1][0] == size:
+            part = self._add(self._stack.pop()[1], part)
+            size *= 2
+        self._stack.append((size, part))
+
+    def total(self) -> T:
+        """The sum of all parts so far. Raises ValueError when there are none."""
+        if not self._stack:
+            raise ValueError("nothing to sum")
+        total = self._stack[-1][1]
+        for _, partial in reversed(self._stack[:-1]):
+            total = self._add(partial, total)
+        return total

@@ -1,0 +1,306 @@
+"""Training: the one file that knows all the parts. A step reads as a sentence:
+
+batch → `model.loss` → `backward` → clip → `optimizer.step` → maybe save.
+
+The run's whole progress is (seed, step, cursor). Everything else in a checkpoint is weights and moments.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oxidizr_ref import optim, parallel
+from oxidizr_ref.autograd import no_grad
+from oxidizr_ref.backend import Array, compute_dtype, xp_of
+from oxidizr_ref.checkpoint import state
+from oxidizr_ref.checkpoint.format import load
+from oxidizr_ref.checkpoint.state import RunState
+from oxidizr_ref.checkpoint.store import CheckpointStore
+from oxidizr_ref.config import Config
+from oxidizr_ref.data import Batch, BatchLoader, TokenStream, Windows, open_stream
+from oxidizr_ref.errors import TrainingError
+from oxidizr_ref.fingerprint import fingerprint
+from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.optim import AdamW
+from oxidizr_ref.signals import Signals
+from oxidizr_ref.tokenizers import Tokenizer
+
+Gradients = dict[str, Array]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. Nothing here but ``init_from`` changes a bit of a checkpoint.
+
+    resume: a path, ``auto``, or None for a fresh start. init_from: a checkpoint whose weights a fresh run starts with.
+    time_limit: seconds after which the run saves and ends. See the command line's help for the others.
+    """
+
+    resume: str | None = None
+    init_from: Path | None = None
+    overwrite: bool = False
+    allow_mismatch: frozenset[str] = frozenset()
+    strict: bool = False
+    prefetch: int = 0
+    time_limit: float | None = None
+
+
+class Reporter:
+    """What a run tells while it goes on. This one keeps silent; the command line's draw a bar or print JSON."""
+
+    def notice(self, text: str) -> None:
+        """Something the user should know, in one line."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """Training starts, or continues, at ``trainer.step``."""
+
+    def step(self, record: Record, logged: bool) -> None:
+        """A step was done; ``logged``: it is one that goes to the metrics."""
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `Trainer.fit` ended: the signal that stopped it (None: by itself) and the held-out loss (None: none held out)."""
+
+    stopped_by: int | None = None
+    eval_loss: float | None = None
+
+
+class _Stopped(Exception):  # noqa: N818 - a wish, not an error
+    """Raised between micro-batches to discard a partial step."""
+
+
+class Trainer:
+    """Trains ``model`` as ``config`` says, on ``data`` (default: what the config names)."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: LanguageModel,
+        data: tuple[TokenStream, Tokenizer] | None = None,
+        options: RunOptions | None = None,
+        reporter: Reporter | None = None,
+        device: str = "cpu",
+    ) -> None:
+        t = config.trainer
+        self.config, self.model, self.device = config, model, device
+        self.options, self.reporter = options or RunOptions(), reporter or Reporter()
+        self.stream, self.tokenizer = data or open_data(config)
+        self.stream.check_vocabulary(config.model.vocab_size)
+        self.windows = Windows(self.stream, config.model.max_seq_len, t.eval_fraction, t.seed, t.shuffle)
+        self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
+        self.store = CheckpointStore(Path(t.checkpoint_dir), t.max_checkpoints)
+        self.windows_a_step = t.batch_size * t.gradient_accumulation
+        self.tokens_a_step = self.windows_a_step * config.model.max_seq_len
+        epochs_in_steps = t.num_epochs * self.windows.train_windows // self.windows_a_step
+        self.total_steps = t.max_steps or max(1, epochs_in_steps)
+        self.step, self.cursor, self.lineage = 0, 0, list[dict[str, Any]]()
+        self._saved_step: int | None = None
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Iterator[Batch], signals: Signals | None = None) -> Record:
+        """One optimizer step over ``gradient_accumulation`` micro-batches. Returns the step's metrics.
+
+        Raises TrainingError before anything is changed when the loss or a gradient is not finite.
+        """
+        t, n = self.config.trainer, self.step + 1
+        losses: parallel.TreeCounter[float] = parallel.TreeCounter()
+        gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
+        for _ in range(t.gradient_accumulation):
+            tokens, targets = next(batches)
+            loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
+            loss.backward()
+            losses.push(loss.item())
+            gradients.push(self._take_gradients())
+            if signals is not None and signals.stop is not None:
+                raise _Stopped
+        total, summed = losses.total(), gradients.total()
+        norm = optim.global_norm(summed)
+        self._must_be_finite(n, total, norm)
+        lr = self.learning_rate(n)
+        self.optimizer.step(summed, lr, optim.clip_factor(norm, t.max_grad_norm))
+        self.step = n
+        self.cursor += self.windows_a_step
+        return {
+            "step": n,
+            "loss": total,
+            "grad_norm": norm,
+            "learning_rate": lr,
+            "epoch": self.windows.epoch(self.cursor),
+        }
+
+    def learning_rate(self, n: int) -> float:
+        """The learning rate of update ``n`` (counted from 1)."""
+        t = self.config.trainer
+        return optim.learning_rate(
+            n,
+            peak=t.learning_rate,
+            schedule=t.lr_schedule,
+            warmup_steps=t.warmup_steps,
+            total_steps=self.total_steps,
+            min_lr_ratio=t.min_lr_ratio,
+        )
+
+    def _take_gradients(self) -> Gradients:
+        """This micro-batch's gradients by name, leaving none behind; a parameter without one counts as zero."""
+        taken = {}
+        for name, p in self.model.named_parameters():
+            taken[name] = p.grad if p.grad is not None else xp_of(p.data).zeros(p.shape, compute_dtype(p.dtype))
+        self.model.zero_grad()
+        return taken
+
+    def _must_be_finite(self, n: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        steps = self.store.steps()
+        last = f"the last good file is {self.store.path(steps[-1])}" if steps else "no checkpoint was saved before it"
+        advice = "try a lower learning_rate, a longer warmup_steps, a smaller max_grad_norm, or --dtype f32"
+        raise TrainingError(f"step {n}: {what}; this step was not applied and not saved, {last}; {advice}")
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Outcome:
+        """Train to the end, from where the options say, saving on the way. Returns how it ended."""
+        self._start()
+        self.reporter.begin(self)
+        began = time.monotonic()
+        with Signals() as signals, self._batches() as batches:
+            while self.step < self.total_steps and not self._time_is_up(began):
+                started = time.perf_counter()
+                try:
+                    record = self.train_step(batches, signals)
+                except _Stopped:
+                    break
+                self._after_step(record, time.perf_counter() - started, signals)
+                if signals.stop is not None:
+                    break
+            self._save()
+        if signals.stop is not None:
+            self.reporter.notice(f"stopped by {signal.Signals(signals.stop).name} after step {self.step}, which is saved")
+            return Outcome(stopped_by=signals.stop)
+        if self.step < self.total_steps:
+            self.reporter.notice(f"time limit reached after step {self.step}, which is saved")
+            return Outcome()
+        eval_loss = self.evaluate()
+        if eval_loss is not None:
+            self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
+        return Outcome(eval_loss=eval_loss)
+
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy (nats a token) over all held-out windows; None when nothing is held out."""
+        count, size = self.windows.eval_windows, self.config.trainer.batch_size
+        if count == 0:
+            return None
+        sums: parallel.TreeCounter[float] = parallel.TreeCounter()
+        with no_grad():
+            for index in range(-(-count // size)):
+                tokens, targets = self.windows.eval_batch(index, size)
+                sums.push(self.model.loss(tokens, targets, token_count=1).item())
+        return sums.total() / (count * self.windows.seq_len)
+
+    def _after_step(self, record: Record, seconds: float, signals: Signals) -> None:
+        t = self.config.trainer
+        if t.eval_interval and self.step % t.eval_interval == 0:
+            eval_loss = self.evaluate()
+            record |= {} if eval_loss is None else {"eval_loss": eval_loss}
+        record |= {"it/s": 1 / seconds, "tokens/s": self.tokens_a_step / seconds}
+        logged = self.step == 1 or self.step % t.log_interval == 0 or "eval_loss" in record
+        if logged:
+            self.store.log(record)
+        self.reporter.step(record, logged)
+        asked = self.store.directory / "SAVE"
+        if self.step % t.save_interval == 0 or signals.save or asked.exists():
+            self._save()
+            signals.save = False
+            asked.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        if self.step not in (0, self._saved_step):
+            tensors, metadata = state.to_file(self._state())
+            self.reporter.saved(self.store.save(self.step, tensors, metadata))
+            self._saved_step = self.step
+
+    def _time_is_up(self, began: float) -> bool:
+        return self.options.time_limit is not None and time.monotonic() - began >= self.options.time_limit
+
+    def _batches(self) -> BatchLoader:
+        return BatchLoader(self.windows, self.cursor, self.config.trainer.batch_size, self.options.prefetch)
+
+    # --- where it starts ----------------------------------------------------------------------------------------------
+
+    def _state(self) -> RunState:
+        return RunState(
+            weights=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            cursor=self.cursor,
+            windows_an_epoch=self.windows.train_windows,
+            config=self.config.canonical(self.device),
+            data={"digest": self.stream.digest(), "tokens": len(self.stream)},
+            tokenizer=dict(self.tokenizer.state()),
+            fingerprint=fingerprint(self.device),
+            lineage=self.lineage,
+        )
+
+    def _start(self) -> None:
+        """Continue a checkpoint, or start afresh; only then is anything in the directory touched."""
+        options, store = self.options, self.store
+        path = store.resolve(options.resume) if options.resume else None
+        if path is not None:
+            self._continue(path)
+        else:
+            if options.resume:
+                self.reporter.notice(f"--resume auto: {store.describe()}; starting at step 0")
+            elif not options.overwrite:
+                store.refuse_to_start_over()
+            if options.init_from is not None:
+                self._take_weights(options.init_from)
+        store.open(self.config.model_dump(mode="json"))
+        moved = store.supersede_after(-1 if options.overwrite and path is None else self.step)
+        if moved:
+            names = ", ".join(f"step_{step}" for step in moved)
+            self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
+
+    def _continue(self, path: Path) -> None:
+        saved = state.from_file(self.store.load(path), path)
+        notices, self.lineage = state.continue_from(
+            saved, self._state(), allow=self.options.allow_mismatch, strict=self.options.strict
+        )
+        self.model.load_state_dict(saved.weights)
+        self.optimizer.load_state_dict(saved.optimizer, updates=saved.step)
+        self.step, self.cursor = saved.step, saved.cursor
+        self._saved_step = saved.step if path.parent.resolve() == self.store.directory.resolve() else None
+        for notice in notices:
+            self.reporter.notice(notice)
+        self.reporter.notice(f"resumed {path} at step {self.step}")
+
+    def _take_weights(self, path: Path) -> None:
+        saved = state.from_file(load(path), path)
+        self.model.load_state_dict(saved.weights)
+        self.lineage = [*saved.lineage, {"init_from": saved.origin()}]
+        self.reporter.notice(f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0")
+
+
+def open_data(config: Config) -> tuple[TokenStream, Tokenizer]:
+    """The token stream and tokenizer that a config names."""
+    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
+    return open_stream(paths, config.data.tokenizer, vocab_size=config.model.vocab_size, seed=config.trainer.seed)
+
+
+def _add_gradients(a: Mapping[str, Array], b: Mapping[str, Array]) -> Gradients:
+    """Sums of gradients of equal name, in place of the first: both were this step's own."""
+    for name, array in a.items():
+        array += b[name]
+    return dict(a)
