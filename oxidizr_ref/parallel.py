@@ -25,10 +25,12 @@ _BLAS.limit(limits=1, user_api="blas")
 _serial_libraries = [library for library in _BLAS.info() if library["user_api"] == "blas"]
 assert all(library["num_threads"] == 1 for library in _serial_libraries), _serial_libraries
 
-#: Elements of one tile of elementwise work: a few float32 temporaries of this size stay in a core's L2 cache.
-ELEMENTS = 16384
+#: Elements of one tile of elementwise work. Waking a thread costs about 60 µs, so a tile must be worth more than that.
+ELEMENTS = 65536
+#: Elements of one piece inside a tile: a few float32 temporaries of this size stay in a core's L2 cache.
+CACHED = 16384
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
-SMALL_PRODUCT = 1 << 20
+SMALL_PRODUCT = 1 << 23
 
 Tile = tuple[int, int]
 T = TypeVar("T")
@@ -135,9 +137,9 @@ def tiles(count: int, size: int) -> list[Tile]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def row_tiles(rows: int, width: int) -> list[Tile]:
-    """Tiles of whole rows for elementwise work on ``[rows, width]``, about `ELEMENTS` each."""
-    return tiles(rows, max(1, ELEMENTS // max(1, width)))
+def row_tiles(rows: int, width: int, elements: int | None = None) -> list[Tile]:
+    """Tiles of whole rows for elementwise work on ``[rows, width]``, about ``elements`` (default: `ELEMENTS`) each."""
+    return tiles(rows, max(1, (elements or ELEMENTS) // max(1, width)))
 
 
 def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None:
@@ -147,23 +149,32 @@ def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None
 
 def product_tiles(extent: int) -> list[Tile]:
     """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call."""
-    size = min(512, max(64, -(-extent // 8 // 64) * 64))
+    size = min(512, max(128, -(-extent // 4 // 64) * 64))
     return tiles(extent, size)
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """``a @ b`` of two matrices, cut along the longer side of the result. Returns ``[m, n]``, C-contiguous or ``out``."""
-    m, n = a.shape[0], b.shape[1]
-    xp = xp_of(a)
+    (m, k), n, xp = a.shape, b.shape[1], xp_of(a)
     if out is None:
         out = xp.empty((m, n), dtype=a.dtype)
-    if m * n * a.shape[1] < SMALL_PRODUCT:
+    if m * n * k < SMALL_PRODUCT:
         xp.matmul(a, b, out=out)
     elif m >= n:
         for_tiles(product_tiles(m), lambda i, j: xp.matmul(a[i:j], b, out=out[i:j]))
     else:
         for_tiles(product_tiles(n), lambda i, j: xp.matmul(a, b[:, i:j], out=out[:, i:j]))
     return out
+
+
+def add_matmul(out: Array, a: Array, b: Array) -> None:
+    """``out += a @ b`` over tiles of rows, so that no second array of the size of ``out`` is made."""
+    (m, k), n, xp = a.shape, b.shape[1], xp_of(a)
+
+    def rows(i: int, j: int) -> None:
+        out[i:j] += xp.matmul(a[i:j], b)
+
+    for_tiles(product_tiles(m) if m * n * k >= SMALL_PRODUCT else [(0, m)], rows)
 
 
 # --- how parts are summed ---------------------------------------------------------------------------------------------

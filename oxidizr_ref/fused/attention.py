@@ -56,14 +56,14 @@ class Attention(Function):
         def heads(index: int) -> None:
             at, blocks = self.plan.tile(index)
             for i, j, seen in blocks:
-                scores = _masked_scores(q_[at][:, :, i:j], k_[at][:, :, :seen], scale)  # (1)
+                scores = _masked_scores(q_[at][:, :, :, i:j], k_[at][:, :, :, :seen], scale)  # (1)
                 top = scores.max(axis=-1, keepdims=True)
                 scores -= top
                 xp.exp(scores, out=scores)  # (2)
                 total = scores.sum(axis=-1, keepdims=True)
-                self.logsum[at][:, :, i:j] = top + xp.log(total)
+                self.logsum[at][:, :, :, i:j] = top + xp.log(total)
                 scores /= total  # (3)
-                xp.matmul(scores, v_[at][:, :, :seen], out=y_[at][:, :, i:j])  # (4)
+                xp.matmul(scores, v_[at][:, :, :, :seen], out=y_[at][:, :, :, i:j])  # (4)
 
         parallel.for_each(self.plan.tiles, heads)
         self.q, self.k, self.v, self.y = q, k, v, y
@@ -79,42 +79,44 @@ class Attention(Function):
         def heads(index: int) -> None:
             at, blocks = plan.tile(index)
             for i, j, seen in blocks:
-                k_seen, v_seen = k_[at][:, :, :seen], v_[at][:, :, :seen]
-                q_block, dy_block = q_[at][:, :, i:j], dy_[at][:, :, i:j]
+                k_seen, v_seen = k_[at][:, :, :, :seen], v_[at][:, :, :, :seen]
+                q_block, dy_block = q_[at][:, :, :, i:j], dy_[at][:, :, :, i:j]
                 p = _masked_scores(q_block, k_seen, scale)
-                p -= self.logsum[at][:, :, i:j]
+                p -= self.logsum[at][:, :, :, i:j]
                 xp.exp(p, out=p)  # (3), (2), (1) recomputed: the softmax
                 # (4) y = p v
                 for g in range(plan.group):
-                    dv_[at][:, 0, :seen] += xp.matmul(p[:, g].swapaxes(-1, -2), dy_block[:, g])
+                    dv_[at][:, :, 0, :seen] += xp.matmul(p[:, :, g].swapaxes(-1, -2), dy_block[:, :, g])
                 dp = xp.matmul(dy_block, v_seen.swapaxes(-1, -2))
                 # (3), (2) the softmax's Jacobian; sum(p dp) over keys equals sum(y dy) over channels
-                dp -= (y_[at][:, :, i:j] * dy_block).sum(axis=-1, keepdims=True)
+                dp -= (y_[at][:, :, :, i:j] * dy_block).sum(axis=-1, keepdims=True)
                 dp *= p
                 dp *= scale
                 # (1) scores = q kᵀ scale
-                xp.matmul(dp, k_seen, out=dq_[at][:, :, i:j])
+                xp.matmul(dp, k_seen, out=dq_[at][:, :, :, i:j])
                 for g in range(plan.group):
-                    dk_[at][:, 0, :seen] += xp.matmul(dp[:, g].swapaxes(-1, -2), q_block[:, g])
+                    dk_[at][:, :, 0, :seen] += xp.matmul(dp[:, :, g].swapaxes(-1, -2), q_block[:, :, g])
 
         parallel.for_each(plan.tiles, heads)
         return dq, dk, dv
 
 
 class _Plan:
-    """How attention is cut: a tile is some key/value heads of one sequence, done query block by query block."""
+    """How attention is cut: a tile is some heads of one sequence, or all of some, done query block by query block."""
 
     def __init__(self, B: int, T: int, S: int, K: int, G: int) -> None:
         self.group = G
-        heads = min(K, max(1, SCORES // max(1, G * min(T, QUERY_BLOCK) * S)))
-        self._heads = parallel.tiles(K, heads)
-        self.tiles = B * len(self._heads)
+        one_head = max(1, G * min(T, QUERY_BLOCK) * S)
+        sequences, heads = max(1, SCORES // (K * one_head)), min(K, max(1, SCORES // one_head))
+        self._places = [
+            (slice(*batch), slice(*head)) for batch in parallel.tiles(B, sequences) for head in parallel.tiles(K, heads)
+        ]
+        self.tiles = len(self._places)
         self._blocks = [(i, j, j + S - T) for i, j in parallel.tiles(T, QUERY_BLOCK)]
 
-    def tile(self, index: int) -> tuple[tuple[int, slice], list[tuple[int, int, int]]]:
+    def tile(self, index: int) -> tuple[tuple[slice, slice], list[tuple[int, int, int]]]:
         """Where tile ``index`` lies in ``[B,K,…]`` and its blocks: first query, last query, number of keys seen."""
-        batch, part = divmod(index, len(self._heads))
-        return (batch, slice(*self._heads[part])), self._blocks
+        return self._places[index], self._blocks
 
 
 def _by_head(x: Array, K: int) -> Array:

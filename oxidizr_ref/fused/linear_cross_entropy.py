@@ -42,7 +42,7 @@ class LinearCrossEntropy(Function):
             if dh is not None:
                 parallel.matmul(logits, w, out=dh[i:j])  # (1) logits = h Wᵀ
             if dw is not None:
-                _add_product(dw, logits.T, h[i:j])
+                parallel.add_matmul(dw, logits.T, h[i:j])
         self.dh, self.dw, self.divisor = dh, dw, divisor
         # A pairwise sum over a contiguous array: its order depends on the length alone.
         return losses.sum() / xp.asarray(divisor, dtype=losses.dtype)
@@ -70,16 +70,6 @@ def _softmax_minus_onehot(logits: Array, targets: Array, losses: Array) -> None:
         tile[at] -= 1  # each row's target is one element: no index appears twice
 
     parallel.for_tiles(parallel.row_tiles(*logits.shape), rows)
-
-
-def _add_product(out: Array, a: Array, b: Array) -> None:
-    """``out += a @ b`` over tiles of rows, so that no second array of the size of ``out`` is made."""
-    xp = xp_of(out)
-
-    def rows(i: int, j: int) -> None:
-        out[i:j] += xp.matmul(a[i:j], b)
-
-    parallel.for_tiles(parallel.product_tiles(out.shape[0]), rows)
 
 
 def _scale(x: Array, factor: Array) -> None:

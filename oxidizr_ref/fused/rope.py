@@ -52,21 +52,18 @@ class RoPE(Function):
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    xp, half, length = xp_of(x), x.shape[-1] // 2, x.shape[1]
+    xp, half = xp_of(x), x.shape[-1] // 2
     y = xp.empty(x.shape, dtype=x.dtype)
-    borders = parallel.row_tiles(length, x.shape[2] * x.shape[3])
 
-    def positions(index: int) -> None:
-        batch, tile = divmod(index, len(borders))
-        i, j = borders[tile]
-        x1, x2 = x[batch, i:j, :, :half], x[batch, i:j, :, half:]
-        y1, y2 = y[batch, i:j, :, :half], y[batch, i:j, :, half:]
-        xp.multiply(x1, cos[i:j], out=y1)
-        y1 -= x2 * sin[i:j]
-        xp.multiply(x2, cos[i:j], out=y2)
-        y2 += x1 * sin[i:j]
+    def sequences(i: int, j: int) -> None:
+        x1, x2 = x[i:j, ..., :half], x[i:j, ..., half:]
+        y1, y2 = y[i:j, ..., :half], y[i:j, ..., half:]
+        xp.multiply(x1, cos, out=y1)
+        y1 -= x2 * sin
+        xp.multiply(x2, cos, out=y2)
+        y2 += x1 * sin
 
-    parallel.for_each(x.shape[0] * len(borders), positions)
+    parallel.for_tiles(parallel.row_tiles(x.shape[0], x[0].size), sequences)
     return y
 
 
