@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
@@ -105,16 +106,21 @@ class Config(Section):
         return hashlib.sha256(canonical_json(self.canonical(device)).encode("ascii")).hexdigest()
 
     @classmethod
-    def from_canonical(cls, canonical: Mapping[str, Any]) -> Config:
+    def from_canonical(
+        cls, canonical: Mapping[str, Any], overrides: Sequence[str] = (), flags: Mapping[str, str] = MappingProxyType({})
+    ) -> Config:
         """The config a checkpoint was made with; keys that were not stored get their defaults.
 
-        Raises ConfigError when it does not validate, as when a newer version wrote it.
+        ``overrides`` and ``flags`` as for `load_config`. Raises ConfigError when it does not validate, as when a newer
+        version wrote it.
         """
         data = json.loads(canonical_json(canonical))  # a copy, in plain types
         device = data.pop("device", None)
         if device in ("cpu", "gpu") and isinstance(data.get("trainer"), dict):
             data["trainer"]["target_device"] = device
-        return _validated(Document(data, {(): Place("the checkpoint's config", 0)}))
+        document = Document(data, {(): Place("the checkpoint's config", 0)})
+        _apply_overrides(document, overrides, flags)
+        return _validated(document)
 
 
 def canonical_json(value: Any) -> str:
@@ -141,12 +147,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 # ---- loading -----------------------------------------------------------------------------------------------------
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, str] = MappingProxyType({})
+) -> Config:
     """Read, override and validate a config.
 
     ``source`` is a path or the name of a bundled model (``nano-start``, ``models/nano-start.yaml``); a file that exists
     wins. ``overrides`` are ``KEY=VALUE``, the value in YAML, the key dotted (``trainer.learning_rate=1e-3``) or bare;
-    an empty value means the default. Raises ConfigError, whose message has one line for everything that is wrong.
+    an empty value means the default. ``flags`` are overrides by the command-line flag that messages should name
+    (``{"--batch-size 0": "trainer.batch_size=0"}``); overrides come after them. Raises ConfigError, whose message has one
+    line for everything that is wrong.
     """
     path = _located(source)
     document = read_yaml(read_text(path), str(path))
@@ -157,17 +167,22 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{place}: expected the sections `model:` and `trainer:`, found {found(document.data)}")
     if isinstance(document.data.get("model"), dict) and document.data["model"].get("name") is None:
         document.data["model"]["name"] = path.stem
-    overridden = {_apply_override(document, override) for override in overrides}
+    overridden = _apply_overrides(document, overrides, flags)
     config = _validated(document)
     config._source = path
     config._data_root = Path() if "data.path" in overridden else path.parent
     return config
 
 
-def _apply_override(document: Document, override: str) -> str:
+def _apply_overrides(document: Document, overrides: Sequence[str], flags: Mapping[str, str]) -> set[str]:
+    """Put flags, then overrides, into the document. Returns the dotted keys they set."""
+    changed = {_apply_override(document, override, Place(one_line(flag), 0)) for flag, override in flags.items()}
+    return changed | {_apply_override(document, text, Place(f"--set {one_line(text)}", 0)) for text in overrides}
+
+
+def _apply_override(document: Document, override: str, place: Place) -> str:
     """Put one ``KEY=VALUE`` into the document; returns the dotted key."""
     name, equals, text = override.partition("=")
-    place = Place(f"--set {one_line(override)}", 0)
     if not equals:
         raise ConfigError(f"{place}: expected KEY=VALUE, such as trainer.learning_rate=1e-3")
     section, dot, key = name.strip().rpartition(".")

@@ -67,6 +67,9 @@ class Reporter:
     def saved(self, path: Path) -> None:
         """A checkpoint was written."""
 
+    def end(self) -> None:
+        """The run is over, well or not."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -174,6 +177,9 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the end, from where the options say, saving on the way. Returns how it ended."""
         self._start()
+        if self.step >= self.total_steps:
+            self.reporter.notice(f"finished: {self.step} of {self.total_steps} steps are done; a larger --max-steps goes on")
+            return Outcome(eval_loss=self.evaluate())
         self.reporter.begin(self)
         began = time.monotonic()
         with Signals() as signals, self._batches() as batches:
@@ -267,11 +273,18 @@ class Trainer:
                 store.refuse_to_start_over()
             if options.init_from is not None:
                 self._take_weights(options.init_from)
-        store.open(self.config.model_dump(mode="json"))
+        store.open(self._readable_config())
         moved = store.supersede_after(-1 if options.overwrite and path is None else self.step)
         if moved:
             names = ", ".join(f"step_{step}" for step in moved)
             self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
+
+    def _readable_config(self) -> dict[str, Any]:
+        """The whole config, its data paths made absolute."""
+        config = self.config.model_dump(mode="json")
+        if not self.config.data.is_random:
+            config["data"]["path"] = [str(path.absolute()) for path in self.config.data_paths()]
+        return config
 
     def _continue(self, path: Path) -> None:
         saved = state.from_file(self.store.load(path), path)

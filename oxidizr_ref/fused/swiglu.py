@@ -67,7 +67,7 @@ def _activation(gate: Array, up: Array) -> Array:
     """``silu(gate) * up``, with sigmoid(v) = tanh(v/2)/2 + 1/2, which cannot overflow."""
     xp = xp_of(gate)
     out = xp.empty_like(gate)
-    for i, j in parallel.row_tiles(*gate.shape, parallel.CACHED):
+    for i, j in parallel.row_tiles(gate.shape[0], gate.shape[1], parallel.CACHED):
         tile = xp.multiply(gate[i:j], 0.5, out=out[i:j])
         xp.tanh(tile, out=tile)
         tile += 1
@@ -83,7 +83,7 @@ def _activation_backward(da: Array, gate: Array, up: Array) -> None:
     ``dgate = da * up * s * (1 + gate * (1 - s))`` and ``dup = da * gate * s``.
     """
     xp = xp_of(da)
-    for i, j in parallel.row_tiles(*gate.shape, parallel.CACHED):
+    for i, j in parallel.row_tiles(gate.shape[0], gate.shape[1], parallel.CACHED):
         g, u, d = gate[i:j], up[i:j], da[i:j]
         s = xp.tanh(g * 0.5)
         s += 1

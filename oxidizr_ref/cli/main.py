@@ -1,0 +1,82 @@
+"""The command ``oxidizr-ref``: its subcommands, and how errors reach the user (one line, and an exit code)."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from oxidizr_ref.cli.selftest import selftest
+from oxidizr_ref.cli.train import train
+from oxidizr_ref.errors import OxidizrError
+from oxidizr_ref.version import __version__
+
+app = typer.Typer(
+    name="oxidizr-ref",
+    help="Train a language model on NumPy; stop it anywhere, and it continues to the same bits.\n\n"
+    "`oxidizr-ref -f nano-start` is short for `oxidizr-ref train -f nano-start`.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(selftest)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"oxidizr-ref {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or config, 130/143 stopped by a signal."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+        arguments = ["train", *arguments]  # oxidizr's documentation leaves the word out
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.ctx.get_help() if error.ctx else "")
+        return 2
+    except click.ClickException as error:
+        return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted before training began; nothing was changed", 130)
+    except OxidizrError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stdout = sys.stderr = None  # whoever read our output is gone
+        return 1
+    except MemoryError as error:
+        if debug:
+            raise
+        return _fail(f"out of memory ({error}); use a smaller --batch-size or --seq-len; checkpoints are whole", 1)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines() or [""]:
+        print(f"error: {line}", file=sys.stderr)
+    return code

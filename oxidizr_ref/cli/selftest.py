@@ -1,0 +1,76 @@
+"""``oxidizr-ref selftest``: does the promise hold on this machine?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import typer
+
+from oxidizr_ref.checkpoint import format
+from oxidizr_ref.errors import OxidizrError
+from oxidizr_ref.fingerprint import fingerprint
+
+_STEPS, _EVERY = 24, 6
+_SMALL = ("model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=2", "trainer.num_epochs=1")
+
+
+def selftest() -> int:
+    """Train, kill, resume and verify on this machine (under a minute), and print its fingerprint."""
+    began = time.monotonic()
+    typer.echo(json.dumps(fingerprint(), indent=2))
+    with tempfile.TemporaryDirectory(prefix="oxidizr-ref-selftest-") as name:
+        whole, broken = Path(name, "whole"), Path(name, "broken")
+        typer.echo(f"training {_STEPS} steps in one go, with 1 thread")
+        _train(whole, "--threads", "1")
+        typer.echo("training the same with 3 threads, killed after each step file and resumed")
+        kills = _train_with_kills(broken)
+        typer.echo(f"killed {kills} times")
+        _compare(whole, broken)
+    typer.echo(f"selftest passed in {time.monotonic() - began:.0f} s: equal bytes, whatever happened on the way")
+    return 0
+
+
+def _command(directory: Path, *extra: str) -> list[str]:
+    settings = [part for setting in _SMALL for part in ("--set", setting)]
+    run = ["--max-steps", str(_STEPS), "--save-interval", str(_EVERY), "--max-checkpoints", "0", "--resume", "auto"]
+    start = [sys.executable, "-m", "oxidizr_ref", "train", "-f", "nano-start", "--target-device", "cpu", "--headless"]
+    return [*start, *run, "--checkpoint-dir", str(directory), *settings, *extra]
+
+
+def _train(directory: Path, *extra: str) -> None:
+    done = subprocess.run(_command(directory, *extra), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OxidizrError(f"selftest: training ended with exit code {done.returncode}: {done.stderr.strip()}")
+
+
+def _train_with_kills(directory: Path) -> int:
+    """SIGKILL the run as soon as each step file but the last appears; then let it finish. Returns the number of kills."""
+    kills = 0
+    for step in range(_EVERY, _STEPS, _EVERY):
+        process = subprocess.Popen(_command(directory, "--threads", "3"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (directory / f"step_{step}.safetensors").exists():
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.communicate()
+    _train(directory, "--threads", "3")
+    return kills
+
+
+def _compare(whole: Path, broken: Path) -> None:
+    for step in range(_EVERY, _STEPS + 1, _EVERY):
+        digests = []
+        for directory in (whole, broken):
+            path = directory / f"step_{step}.safetensors"
+            format.verify(path)
+            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        if digests[0] != digests[1]:
+            raise OxidizrError(f"selftest: step_{step} differs: {digests[0]} in one go, {digests[1]} after kills")
+        typer.echo(f"step_{step:<3} sha256 {digests[0]}")

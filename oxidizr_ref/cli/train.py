@@ -1,0 +1,263 @@
+"""``oxidizr-ref train``: from flags to a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from oxidizr_ref import parallel
+from oxidizr_ref.backend import resolve_device
+from oxidizr_ref.checkpoint.format import read_metadata
+from oxidizr_ref.checkpoint.state import ALLOWABLE
+from oxidizr_ref.cli.report import make_reporter
+from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
+from oxidizr_ref.errors import CheckpointError, UsageError
+from oxidizr_ref.memory import MemoryEstimate, available_bytes, estimate_memory
+from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.sampling import sample_tokens
+from oxidizr_ref.trainer import Reporter, RunOptions, Trainer
+
+DEFAULT_CONFIG = "nano-start"
+_SAMPLE_TOKENS = 300
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class SyncBackend(StrEnum):
+    """How several devices add up their gradients."""
+
+    cpu = "cpu"
+    nccl = "nccl"
+
+
+_CONFIG = "Configuration"
+_RUN = "This run"
+_RESUME = "Checkpoints"
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Option("-f", "--config", metavar="FILE", help=f"YAML config: a path, or a bundled model ({DEFAULT_CONFIG})."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-d",
+            "--data",
+            metavar="FILE",
+            help="Training data: `.bin` tokens, or text; `random` for random tokens; several -d are one stream. "
+            "Default: the config's data.path, else the bundled text.",
+        ),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens a window.", rich_help_panel=_CONFIG)] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Windows a batch.", rich_help_panel=_CONFIG)] = None,
+    grad_accum: Annotated[int | None, typer.Option(metavar="N", help="Batches a step.", rich_help_panel=_CONFIG)] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps in all; 0: the epochs.", rich_help_panel=_CONFIG)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="f32, bf16, f16 or f64: how weights are stored.", rich_help_panel=_CONFIG),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The random seed.", rich_help_panel=_CONFIG)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config; repeatable.", rich_help_panel=_CONFIG),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|auto",
+            help="Continue a step file, or the newest one in the checkpoint directory.",
+            rich_help_panel=_RESUME,
+        ),
+    ] = None,
+    checkpoint_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where step files go.", rich_help_panel=_RESUME)
+    ] = None,
+    save_interval: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between step files.", rich_help_panel=_RESUME)
+    ] = None,
+    max_checkpoints: Annotated[
+        int | None, typer.Option(metavar="N", help="Step files to keep; 0: all.", rich_help_panel=_RESUME)
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start with the weights of a step file.", rich_help_panel=_RESUME)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over; old files move to superseded/.", rich_help_panel=_RESUME)
+    ] = False,
+    allow_mismatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(ALLOWABLE), help="Continue with another one of these.", rich_help_panel=_RESUME),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Continue only with nothing changed at all.", rich_help_panel=_RESUME)
+    ] = False,
+    target_device: Annotated[
+        Device | None, typer.Option(help="Demand a device. Default: the config's, if it is there.", rich_help_panel=_RUN)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads (default: all cores). Same bits.", rich_help_panel=_RUN)
+    ] = None,
+    prefetch: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Batches read ahead. Same bits.", rich_help_panel=_RUN)
+    ] = 0,
+    headless: Annotated[
+        bool, typer.Option("--headless", help="JSON lines on stdout instead of a progress bar.", rich_help_panel=_RUN)
+    ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Save and end after this time.", rich_help_panel=_RUN)
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="0,1", help="Devices to train on, data-parallel.", rich_help_panel=_RUN)
+    ] = None,
+    sync_backend: Annotated[
+        SyncBackend, typer.Option(help="How --gpus add up gradients.", rich_help_panel=_RUN)
+    ] = SyncBackend.cpu,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_RUN)] = False,
+) -> int:
+    """Train a model, saving checkpoints from which training continues to the same bits.
+
+    SIGINT and SIGTERM save and end; SIGUSR1, or a file named SAVE in the checkpoint directory, saves and goes on.
+    """
+    del debug, sync_backend  # read by main; only meant together with --gpus
+    flags = _as_overrides(
+        {
+            "--seq-len": ("model.max_seq_len", seq_len),
+            "--batch-size": ("trainer.batch_size", batch_size),
+            "--grad-accum": ("trainer.gradient_accumulation", grad_accum),
+            "--max-steps": ("trainer.max_steps", max_steps),
+            "--dtype": ("model.dtype", dtype),
+            "--seed": ("trainer.seed", seed),
+            "--checkpoint-dir": ("trainer.checkpoint_dir", checkpoint_dir),
+            "--save-interval": ("trainer.save_interval", save_interval),
+            "--max-checkpoints": ("trainer.max_checkpoints", max_checkpoints),
+            "--target-device": ("trainer.target_device", target_device),
+            "--data": ("data.path", data or None),
+        }
+    )
+    _check_usage(resume, init_from, overwrite, allow_mismatch or [])
+    run_config = _config(config, resume, settings or [], flags)
+    reporter = make_reporter(headless)
+    device = _device(run_config, demanded=target_device is Device.gpu or gpus is not None, reporter=reporter)
+    if threads is not None:
+        parallel.set_threads(threads)
+    options = RunOptions(
+        resume=resume,
+        init_from=init_from,
+        overwrite=overwrite,
+        allow_mismatch=frozenset(allow_mismatch or ()),
+        strict=strict,
+        prefetch=prefetch,
+        time_limit=time_limit,
+    )
+    return _run(run_config, options, reporter, device)
+
+
+def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -> int:
+    model = LanguageModel(config.model, config.trainer.seed)
+    trainer = Trainer(config, model, options=options, reporter=reporter, device=device)
+    reporter.notice(f"{config.model.name}: {model.num_parameters():,} parameters, {config.model.dtype}, {device}")
+    _tell_memory(estimate_memory(config, model), reporter)
+    try:
+        outcome = trainer.fit()
+    finally:
+        reporter.end()
+    if outcome.stopped_by is not None:
+        return 128 + outcome.stopped_by
+    if outcome.eval_loss is not None:
+        reporter.notice(f"held-out loss {outcome.eval_loss:.4f} nats a token after step {trainer.step}")
+    if trainer.step >= trainer.total_steps and not config.data.is_random:
+        reporter.notice(f"sample:\n{_sample(trainer)}")
+    return 0
+
+
+def _sample(trainer: Trainer) -> str:
+    """A text the trained model writes, beginning where a document or a line would."""
+    begin = "<|endoftext|>" if trainer.tokenizer.name == "byte" else "\n"
+    prompt = trainer.tokenizer.encode(begin).astype(np.int64)
+    return trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS)).strip()
+
+
+def _as_overrides(flags: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    """``{"--batch-size 4": "trainer.batch_size=4"}`` of the flags that were given. JSON is YAML, and quotes for us."""
+    return {
+        f"{flag} {' '.join(value) if isinstance(value, list) else value}": f"{key}={json.dumps(value)}"
+        for flag, (key, value) in flags.items()
+        if value is not None
+    }
+
+
+def _check_usage(resume: str | None, init_from: Path | None, overwrite: bool, allow_mismatch: list[str]) -> None:
+    if resume and (overwrite or init_from):
+        raise UsageError(f"--resume continues a run, {'--overwrite' if overwrite else '--init-from'} starts one; give one")
+    if init_from is not None and not init_from.is_file():
+        raise UsageError(f"--init-from {init_from}: no such file")
+    for kind in allow_mismatch:
+        if kind not in ALLOWABLE:
+            raise UsageError(f"--allow-mismatch {kind}: expected one of {', '.join(ALLOWABLE)}")
+
+
+def _config(source: str | None, resume: str | None, settings: list[str], flags: dict[str, str]) -> Config:
+    """The config of ``-f``; without it, the one inside the file of ``--resume PATH``, or the default."""
+    if source is not None or resume in (None, "auto"):
+        return load_config(source or DEFAULT_CONFIG, settings, flags)
+    path = Path(resume or "")
+    if not path.is_file():
+        raise UsageError(f"--resume {path}: no such file; give -f CONFIG, or the path of a step file")
+    try:
+        inside = json.loads(read_metadata(path)["config"])
+    except KeyError:
+        raise CheckpointError(f"{path}: holds no config; give it with -f CONFIG") from None
+    _fill_in_what_changes_no_bits(inside, path.parent)
+    config = Config.from_canonical(inside, settings, flags)
+    if "max_steps" not in inside["trainer"] and not any(text.startswith("trainer.max_steps=") for text in flags.values()):
+        raise UsageError(f"--resume {path}: the file does not say how long to train; give --max-steps N, or -f CONFIG")
+    return config
+
+
+def _fill_in_what_changes_no_bits(inside: dict[str, Any], directory: Path) -> None:
+    """Complete a checkpoint's config: from the config.json beside it, where there is one; files go on beside it."""
+    inside["trainer"]["checkpoint_dir"] = str(directory)
+    beside = directory / "config.json"
+    if not beside.is_file():
+        return
+    whole = json.loads(beside.read_text(encoding="utf-8"))
+    for key in (OPERATIONAL_KEYS | {"max_steps", "num_epochs"}) - {"checkpoint_dir", "target_device"}:
+        if key not in inside["trainer"] and key in whole["trainer"]:
+            inside["trainer"][key] = whole["trainer"][key]
+    inside["data"]["path"] = whole["data"]["path"]
+    inside["model"]["name"] = whole["model"]["name"]
+
+
+def _device(config: Config, demanded: bool, reporter: Reporter) -> str:
+    device = resolve_device("gpu" if demanded else config.trainer.target_device, demanded=demanded)
+    if config.trainer.target_device == "gpu" and device == "cpu":
+        reporter.notice("target_device gpu: none is usable here (--target-device gpu says why); training on the cpu")
+    return device
+
+
+def _tell_memory(estimate: MemoryEstimate, reporter: Reporter) -> None:
+    parts = ("parameters", "gradients", "moments", "activations", "logits")
+    detail = ", ".join(f"{name} {_megabytes(getattr(estimate, name))}" for name in parts)
+    reporter.notice(f"memory: about {_megabytes(estimate.total)} ({detail})")
+    there = available_bytes()
+    if there is not None and estimate.total > there:
+        reporter.notice(f"warning: only {_megabytes(there)} are free; a smaller --batch-size or --seq-len needs less")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e6:.2f} MB"

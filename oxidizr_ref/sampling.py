@@ -1,0 +1,37 @@
+"""Text from a model: one token after the other, drawn from its distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oxidizr_ref import rng
+from oxidizr_ref.autograd import no_grad
+from oxidizr_ref.backend import to_host
+from oxidizr_ref.model import LanguageModel
+
+
+def sample_tokens(
+    model: LanguageModel, prompt: NDArray[np.int64], count: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0
+) -> NDArray[np.int64]:
+    """``count`` tokens that continue ``prompt`` (int64 ``[n]``, n ≥ 1). Returns int64 ``[count]``.
+
+    ``temperature`` divides the logits; 0 takes the most likely token. Only the ``top_k`` likeliest are drawn from. The model
+    sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens: draw i uses random number i of the seed.
+    """
+    tokens = list(prompt)
+    draws = rng.uniform(seed, "sample", "token", 0, count)
+    with no_grad():
+        for draw in draws:
+            context = np.array([tokens[-model.config.max_seq_len :]], dtype=np.int64)
+            logits = to_host(model(context).data)[0, -1].astype(np.float64)
+            tokens.append(_choose(logits, temperature, top_k, float(draw)))
+    return np.array(tokens[len(prompt) :], dtype=np.int64)
+
+
+def _choose(logits: NDArray[np.float64], temperature: float, top_k: int, draw: float) -> int:
+    order = np.argsort(-logits, kind="stable")[:top_k]  # likeliest first, ties by lower id
+    if temperature == 0:
+        return int(order[0])
+    weights = np.exp((logits[order] - logits[order[0]]) / temperature)
+    return int(order[np.searchsorted(np.cumsum(weights), draw * weights.sum(), side="right").clip(max=len(order) - 1)])
