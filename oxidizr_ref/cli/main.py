@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.train import train
@@ -18,7 +18,6 @@ app = typer.Typer(
     "`oxidizr-ref -f nano-start` is short for `oxidizr-ref train -f nano-start`.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -41,8 +40,8 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or config, 130/143 stopped by a signal."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+    arguments = sys.argv[1:] or ["--help"]
+    if arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
         arguments = ["train", *arguments]  # oxidizr's documentation leaves the word out
     sys.exit(_run(arguments))
 
@@ -52,12 +51,9 @@ def _run(arguments: list[str]) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.ctx.get_help() if error.ctx else "")
-        return 2
-    except click.ClickException as error:
-        return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", 2)
-    except (click.Abort, KeyboardInterrupt):
+    except TyperException as error:  # unknown commands and options, values of the wrong type
+        return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted before training began; nothing was changed", 130)
     except OxidizrError as error:
         if debug:
