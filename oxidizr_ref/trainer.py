@@ -109,6 +109,7 @@ class Trainer:
         self.total_steps = t.max_steps or max(1, epochs_in_steps)
         self.step, self.cursor, self.lineage = 0, 0, list[dict[str, Any]]()
         self._saved_step: int | None = None
+        self._seconds: list[float] = []  # of the steps since the last logged one
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +190,8 @@ class Trainer:
                     record = self.train_step(batches, signals)
                 except _Stopped:
                     break
-                self._after_step(record, time.perf_counter() - started, signals)
+                self._seconds.append(time.perf_counter() - started)
+                self._after_step(record, signals)
                 if signals.stop is not None:
                     break
             self._save()
@@ -216,15 +218,17 @@ class Trainer:
                 sums.push(self.model.loss(tokens, targets, token_count=1).item())
         return sums.total() / (count * self.windows.seq_len)
 
-    def _after_step(self, record: Record, seconds: float, signals: Signals) -> None:
+    def _after_step(self, record: Record, signals: Signals) -> None:
         t = self.config.trainer
         if t.eval_interval and self.step % t.eval_interval == 0:
             eval_loss = self.evaluate()
             record |= {} if eval_loss is None else {"eval_loss": eval_loss}
-        record |= {"it/s": 1 / seconds, "tokens/s": self.tokens_a_step / seconds}
+        speed = len(self._seconds) / sum(self._seconds)
+        record |= {"it/s": speed, "tokens/s": speed * self.tokens_a_step}
         logged = self.step == 1 or self.step % t.log_interval == 0 or "eval_loss" in record
         if logged:
             self.store.log(record)
+            self._seconds.clear()
         self.reporter.step(record, logged)
         asked = self.store.directory / "SAVE"
         if self.step % t.save_interval == 0 or signals.save or asked.exists():

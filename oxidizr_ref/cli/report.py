@@ -20,24 +20,6 @@ if TYPE_CHECKING:
 _HEADLESS_KEYS = ("step", "loss", "grad_norm", "learning_rate", "epoch", "it/s", "tokens/s", "eval_loss")
 
 
-class Speed:
-    """Steps a second since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._step, self._time = 0, time.perf_counter()
-
-    def start(self, step: int) -> None:
-        """Begin counting at ``step``."""
-        self._step, self._time = step, time.perf_counter()
-
-    def since(self, step: int) -> float:
-        """Steps a second from the last call to now, at ``step``."""
-        now = time.perf_counter()
-        speed = (step - self._step) / max(1e-9, now - self._time)
-        self._step, self._time = step, now
-        return speed
-
-
 class HeadlessReporter(Reporter):
     """One JSON object a logged step on stdout; everything else on stderr."""
 
@@ -55,20 +37,17 @@ class HeadlessReporter(Reporter):
 class PlainReporter(Reporter):
     """A line a logged step on stderr: what people get where no bar can be drawn (a file, a CI log)."""
 
-    def __init__(self) -> None:
-        self._speed, self._total, self._tokens = Speed(), 0, 0
+    _total = 0
 
     def notice(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def begin(self, trainer: Trainer) -> None:
-        self._speed.start(trainer.step)
-        self._total, self._tokens = trainer.total_steps, trainer.tokens_a_step
+        self._total = trainer.total_steps
 
     def step(self, record: Record, logged: bool) -> None:
         if logged:
-            speed = self._speed.since(record["step"])
-            self.notice(f"step {record['step']:>6}/{self._total}  {_numbers(record)}  {_rates(speed, self._tokens)}")
+            self.notice(f"step {record['step']:>6}/{self._total}  {_numbers(record)}  {_rates(record)}")
 
     def saved(self, path: Path) -> None:
         self.notice(f"saved {path}")
@@ -81,22 +60,18 @@ class BarReporter(Reporter):
         self._console = Console(stderr=True)
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
-        self._speed, self._tokens, self._shown = Speed(), 0, 0.0
-        self._rates = ""
-        self._eval = ""
+        self._rates, self._eval, self._shown = "", "", 0.0
 
     def notice(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, trainer: Trainer) -> None:
-        self._speed.start(trainer.step)
-        self._tokens = trainer.tokens_a_step
         self._task = self._progress.add_task("", total=trainer.total_steps, completed=trainer.step)
         self._progress.start()
 
     def step(self, record: Record, logged: bool) -> None:
         if logged or time.perf_counter() - self._shown > 0.5:
-            self._rates = _rates(self._speed.since(record["step"]), self._tokens)
+            self._rates = _rates(record)
             self._shown = time.perf_counter()
         if "eval_loss" in record:
             self._eval = f" (held out {record['eval_loss']:.3f})"
@@ -120,5 +95,5 @@ def _numbers(record: Record) -> str:
     return f"loss {record['loss']:.4f}{eval_loss}  norm {record['grad_norm']:.2f}  lr {record['learning_rate']:.2e}"
 
 
-def _rates(speed: float, tokens_a_step: int) -> str:
-    return f"{speed:.1f} it/s {speed * tokens_a_step:,.0f} tok/s {resident_bytes() / 1e6:.0f} MB"
+def _rates(record: Record) -> str:
+    return f"{record['it/s']:.1f} it/s {record['tokens/s']:,.0f} tok/s {resident_bytes() / 1e6:.0f} MB"

@@ -1,0 +1,23 @@
+"""What all tests share: how Hypothesis searches, and that no test leaves another number of threads behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+# Derandomized: a suite that guards bit-exact training may not itself depend on chance. ``--hypothesis-profile=long``
+# searches a hundred times wider, with fresh examples in every run.
+settings.register_profile("short", deadline=None, derandomize=True, print_blob=True, max_examples=30)
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=3000)
+settings.load_profile("short")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    from oxidizr_ref import parallel  # here, so that tests that need no arrays do not pay for the import at collection
+
+    before = parallel.get_threads()
+    yield
+    parallel.set_threads(before)

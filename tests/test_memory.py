@@ -1,0 +1,72 @@
+"""Memory: the full logits never exist, and the estimate shown before a run is what the run then takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from oxidizr_ref import LanguageModel, load_config
+from oxidizr_ref.memory import available_bytes, estimate_memory, peak_bytes, resident_bytes
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peaks from /proc, which only Linux has")
+
+# The child reports VmHWM, not ru_maxrss: the latter starts at the peak of the process that forked it.
+CHILD = """
+import sys
+from oxidizr_ref.cli.main import _run
+code = _run(sys.argv[1:])
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print("peak", int(peak.split()[1]) * 1024)
+sys.exit(code)
+"""
+
+CONFIG = """
+model: {hidden_size: %(hidden)d, num_layers: %(layers)d, num_heads: %(heads)d, intermediate_size: %(inner)d,
+        vocab_size: %(vocab)d, max_seq_len: 512}
+trainer: {learning_rate: 3e-4, batch_size: 4, max_steps: 2, target_device: cpu, checkpoint_dir: run}
+data: {path: random}
+"""
+
+
+def peak_of_two_steps_and_a_save(tmp_path, **sizes) -> tuple[int, int, int]:
+    """(peak bytes of a child process, parameters, estimated bytes)."""
+    path = tmp_path / "model.yaml"
+    path.write_text(CONFIG % sizes)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, "train", "-f", str(path), "--headless"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert (tmp_path / "run" / "step_2.safetensors").exists()
+    lines = child.stdout.splitlines()
+    assert [json.loads(line)["step"] for line in lines[:-1]] == [1]
+    config = load_config(path)
+    shapes = LanguageModel(config.model)
+    return int(lines[-1].split()[1]), shapes.num_parameters(), estimate_memory(config, shapes).total
+
+
+def test_the_full_logits_never_exist(tmp_path):
+    peak, parameters, estimate = peak_of_two_steps_and_a_save(tmp_path, hidden=32, layers=1, heads=2, inner=64, vocab=64000)
+    full_logits = 4 * 512 * 64000 * 4  # 524 MB
+    assert peak < 16 * parameters + 0.4 * full_logits
+    assert estimate == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.long
+def test_a_vocabulary_of_128354_trains_within_600_mb_beyond_weights_gradients_and_moments(tmp_path):
+    peak, parameters, estimate = peak_of_two_steps_and_a_save(
+        tmp_path, hidden=384, layers=8, heads=6, inner=1536, vocab=128354
+    )
+    print(f"peak {peak / 1e6:.0f} MB, bound {(16 * parameters + 600e6) / 1e6:.0f} MB, estimate {estimate / 1e6:.0f} MB")
+    assert peak < 16 * parameters + 600e6
+    assert estimate == pytest.approx(peak, rel=0.25)
+
+
+def test_what_the_system_tells_is_plausible():
+    held = np.ones(20_000_000, dtype=np.uint8)
+    assert held.nbytes < resident_bytes() <= peak_bytes() * 1.01
+    there = available_bytes()
+    assert there is not None and there > 0
