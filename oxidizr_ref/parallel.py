@@ -23,7 +23,8 @@ from oxidizr_ref.backend import Array, xp_of
 _BLAS = ThreadpoolController()
 _BLAS.limit(limits=1, user_api="blas")
 _serial_libraries = [library for library in _BLAS.info() if library["user_api"] == "blas"]
-assert all(library["num_threads"] == 1 for library in _serial_libraries), _serial_libraries
+if any(library["num_threads"] != 1 for library in _serial_libraries):
+    raise RuntimeError(f"BLAS does not keep to one thread, so results would depend on threads: {_serial_libraries}")
 
 #: Elements of one tile of elementwise work. Waking a thread costs about 60 µs, so a tile must be worth more than that.
 ELEMENTS = 65536

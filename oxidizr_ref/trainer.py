@@ -100,6 +100,7 @@ class Trainer:
         self.options, self.reporter = options or RunOptions(), reporter or Reporter()
         self.stream, self.tokenizer = data or open_data(config)
         self.stream.check_vocabulary(config.model.vocab_size)
+        self._data_identity = {"digest": self.stream.digest(), "tokens": len(self.stream)}
         self.windows = Windows(self.stream, config.model.max_seq_len, t.eval_fraction, t.seed, t.shuffle)
         self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
         self.store = CheckpointStore(Path(t.checkpoint_dir), t.max_checkpoints)
@@ -258,7 +259,7 @@ class Trainer:
             cursor=self.cursor,
             windows_an_epoch=self.windows.train_windows,
             config=self.config.canonical(self.device),
-            data={"digest": self.stream.digest(), "tokens": len(self.stream)},
+            data=self._data_identity,
             tokenizer=dict(self.tokenizer.state()),
             fingerprint=fingerprint(self.device),
             lineage=self.lineage,
@@ -278,10 +279,16 @@ class Trainer:
             if options.init_from is not None:
                 self._take_weights(options.init_from)
         store.open(self._readable_config())
-        moved = store.supersede_after(-1 if options.overwrite and path is None else self.step)
+        from_elsewhere = path is not None and path.resolve() != store.path(self.step).resolve()
+        # A file from elsewhere begins a branch of its own: what is here under its number is another run's.
+        first = self.step if from_elsewhere or path is None else self.step + 1
+        moved = store.supersede(first, self.step)
         if moved:
             names = ", ".join(f"step_{step}" for step in moved)
             self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
+        if from_elsewhere:
+            self._saved_step = None
+            self._save()  # so that --resume auto finds this branch from now on
 
     def _readable_config(self) -> dict[str, Any]:
         """The whole config, its data paths made absolute."""
@@ -298,7 +305,7 @@ class Trainer:
         self.model.load_state_dict(saved.weights)
         self.optimizer.load_state_dict(saved.optimizer, updates=saved.step)
         self.step, self.cursor = saved.step, saved.cursor
-        self._saved_step = saved.step if path.parent.resolve() == self.store.directory.resolve() else None
+        self._saved_step = saved.step
         for notice in notices:
             self.reporter.notice(notice)
         self.reporter.notice(f"resumed {path} at step {self.step}")
@@ -318,6 +325,11 @@ def open_data(config: Config) -> tuple[TokenStream, Tokenizer]:
 
 def _add_gradients(a: Mapping[str, Array], b: Mapping[str, Array]) -> Gradients:
     """Sums of gradients of equal name, in place of the first: both were this step's own."""
-    for name, array in a.items():
-        array += b[name]
+    names = sorted(a)
+
+    def add(index: int) -> None:
+        total = a[names[index]]
+        total += b[names[index]]
+
+    parallel.for_each(len(names), add)
     return dict(a)

@@ -5,7 +5,7 @@
     step_N.safetensors   a whole run after N optimizer steps; nothing else is needed to continue it
     metrics.jsonl        one line a logged step
     config.json          the config as it was understood, for people
-    run.json             what the directory is in the middle of (see `supersede_after`)
+    run.json             what the directory is in the middle of (see `supersede`)
     superseded/K/        step files and metric lines of abandoned branches
 
 Order is by step number, never by time. Nothing is deleted but what retention (`max_checkpoints`) lets go.
@@ -139,19 +139,22 @@ class CheckpointStore:
                 "(moves them to superseded/), or choose another --checkpoint-dir"
             )
 
-    def supersede_after(self, step: int) -> list[int]:
-        """Move the step files beyond ``step`` and their metric lines to ``superseded/``; -1 means all. Returns the steps.
+    def supersede(self, first: int, progress: int) -> list[int]:
+        """Move the step files from step ``first`` on, and the metric lines beyond step ``progress``, to ``superseded/``.
+
+        Returns the steps that were moved. Where there are none, later metric lines are those of steps that will be done
+        again, and are dropped.
 
         What is about to be moved is noted in run.json first. If the process dies in between, the next one finishes the
         moving before it looks for the newest file, so it can never continue on the abandoned branch.
         """
-        steps = [later for later in self.steps() if later > step]
+        steps = [step for step in self.steps() if step >= first]
         if not steps:
-            self._cut_metrics(step, None)
+            self._cut_metrics(progress, None)
             return []
         taken = self.directory / "superseded"
         number = 1 + max((int(e.name) for e in taken.iterdir() if e.name.isdigit()), default=0) if taken.is_dir() else 1
-        self._write("run.json", json.dumps({"superseding": {"after": step, "steps": steps, "into": str(number)}}))
+        self._write("run.json", json.dumps({"superseding": {"steps": steps, "progress": progress, "into": str(number)}}))
         self._finish_what_was_interrupted()
         return steps
 
@@ -167,7 +170,7 @@ class CheckpointStore:
         for step in task["steps"]:
             if self.path(step).exists():
                 os.replace(self.path(step), into / self.path(step).name)
-        self._cut_metrics(task["after"], into / "metrics.jsonl")
+        self._cut_metrics(task["progress"], into / "metrics.jsonl")
         format.sync_directory(into)
         self._write("run.json", json.dumps({"superseding": None}))
 

@@ -62,6 +62,10 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stdout = sys.stderr = None  # whoever read our output is gone
         return 1
+    except OSError as error:
+        if debug:
+            raise
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; files saved before are whole", 1)
     except MemoryError as error:
         if debug:
             raise
