@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from oxidizr_ref import optim, parallel
 from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import Array, compute_dtype, xp_of
@@ -122,16 +124,17 @@ class Trainer:
         t, n = self.config.trainer, self.step + 1
         losses: parallel.TreeCounter[float] = parallel.TreeCounter()
         gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
-        for _ in range(t.gradient_accumulation):
-            tokens, targets = next(batches)
-            loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
-            loss.backward()
-            losses.push(loss.item())
-            gradients.push(self._take_gradients())
-            if signals is not None and signals.stop is not None:
-                raise _Stopped
-        total, summed = losses.total(), gradients.total()
-        norm = optim.global_norm(summed)
+        with np.errstate(all="ignore"):  # what overflows shows in the norm, and is told in one line
+            for _ in range(t.gradient_accumulation):
+                tokens, targets = next(batches)
+                loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
+                loss.backward()
+                losses.push(loss.item())
+                gradients.push(self._take_gradients())
+                if signals is not None and signals.stop is not None:
+                    raise _Stopped
+            total, summed = losses.total(), gradients.total()
+            norm = optim.global_norm(summed)
         self._must_be_finite(n, total, norm)
         lr = self.learning_rate(n)
         self.optimizer.step(summed, lr, optim.clip_factor(norm, t.max_grad_norm))
@@ -181,7 +184,7 @@ class Trainer:
         self._start()
         if self.step >= self.total_steps:
             self.reporter.notice(f"finished: {self.step} of {self.total_steps} steps are done; a larger --max-steps goes on")
-            return Outcome(eval_loss=self.evaluate())
+            return self._finish()
         self.reporter.begin(self)
         began = time.monotonic()
         with Signals() as signals, self._batches() as batches:
@@ -196,12 +199,16 @@ class Trainer:
                 if signals.stop is not None:
                     break
             self._save()
+        where = f"after step {self.step}, which is saved" if self.step else "before the first step was done"
         if signals.stop is not None:
-            self.reporter.notice(f"stopped by {signal.Signals(signals.stop).name} after step {self.step}, which is saved")
+            self.reporter.notice(f"stopped by {signal.Signals(signals.stop).name} {where}")
             return Outcome(stopped_by=signals.stop)
         if self.step < self.total_steps:
-            self.reporter.notice(f"time limit reached after step {self.step}, which is saved")
+            self.reporter.notice(f"time limit reached {where}")
             return Outcome()
+        return self._finish()
+
+    def _finish(self) -> Outcome:
         eval_loss = self.evaluate()
         if eval_loss is not None:
             self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
@@ -281,14 +288,13 @@ class Trainer:
         store.open(self._readable_config())
         from_elsewhere = path is not None and path.resolve() != store.path(self.step).resolve()
         # A file from elsewhere begins a branch of its own: what is here under its number is another run's.
-        first = self.step if from_elsewhere or path is None else self.step + 1
-        moved = store.supersede(first, self.step)
+        if from_elsewhere:
+            moved = store.supersede(self.step, self.step, begin_with=state.to_file(self._state()))
+        else:
+            moved = store.supersede(self.step + 1 if path else 0, self.step)
         if moved:
             names = ", ".join(f"step_{step}" for step in moved)
             self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
-        if from_elsewhere:
-            self._saved_step = None
-            self._save()  # so that --resume auto finds this branch from now on
 
     def _readable_config(self) -> dict[str, Any]:
         """The whole config, its data paths made absolute."""
@@ -300,7 +306,7 @@ class Trainer:
     def _continue(self, path: Path) -> None:
         saved = state.from_file(self.store.load(path), path)
         notices, self.lineage = state.continue_from(
-            saved, self._state(), allow=self.options.allow_mismatch, strict=self.options.strict
+            saved, self._state(), path, allow=self.options.allow_mismatch, strict=self.options.strict
         )
         self.model.load_state_dict(saved.weights)
         self.optimizer.load_state_dict(saved.optimizer, updates=saved.step)

@@ -220,6 +220,28 @@ def test_each_array_is_released_as_soon_as_its_formula_has_run() -> None:
     assert alive == [5, 4, 3, 2, 1]
 
 
+def test_each_incoming_gradient_is_released_as_soon_as_it_was_used() -> None:
+    alive: list[int] = []
+    kept: list[weakref.ref[Any]] = []
+
+    class Probe(Function):
+        def forward(self, x: Any) -> Any:
+            return x * 1.0
+
+        def backward(self, dy: Any) -> tuple[Any, ...]:
+            alive.append(sum(ref() is not None for ref in kept))
+            dx = dy * 1.0
+            kept.append(weakref.ref(dx))
+            return (dx,)
+
+    y = leaf(2)
+    for _ in range(6):
+        y = Probe.apply(y)
+    y.sum().backward()
+    # Alive when a formula starts: its own incoming gradient, and nothing from further up.
+    assert alive == [0, 1, 1, 1, 1, 1]
+
+
 # --- no_grad, detach --------------------------------------------------------------------------------------------------
 
 

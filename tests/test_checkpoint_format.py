@@ -39,7 +39,9 @@ def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     return np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype=dtype).reshape(shape)
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 tensors = st.dictionaries(names, arrays(), max_size=6)
 strings = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 metadata = st.dictionaries(strings.filter(lambda key: key not in ("digests", "header_digest")), strings, max_size=4)
@@ -148,7 +150,9 @@ def test_a_tensor_s_digest_is_sha256_over_the_sha256s_of_its_4_mib_chunks(tmp_pa
         chunks = [hashlib.sha256(raw[i : i + 4 * 2**20]).digest() for i in range(0, len(raw), 4 * 2**20)]
         assert len(chunks) == 3
         stored = json.loads(header_of(path)[0]["__metadata__"]["digests"])
-        assert stored == {"x": hashlib.sha256(b"".join(chunks)).hexdigest()} == {"x": format.digest(array.view(np.uint8).data)}
+        assert (
+            stored == {"x": hashlib.sha256(b"".join(chunks)).hexdigest()} == {"x": format.digest(array.view(np.uint8).data)}
+        )
         format.verify(path)
 
 
@@ -307,14 +311,14 @@ def test_a_missing_file_and_a_directory_are_checkpoint_errors(tmp_path: Path) ->
 def test_an_array_that_does_not_lie_in_c_order_is_refused_and_nothing_is_written(
     tmp_path: Path, view: Callable[[Any], Any]
 ) -> None:
-    with pytest.raises(CheckpointError, match="tensor x: .*C order"):
+    with pytest.raises(CheckpointError, match=r"tensor x: .*C order"):
         format.save(tmp_path / "x", {"x": view(np.arange(12, dtype=np.float32).reshape(3, 4))}, {})
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [">f4", "c8", "i4", "u2", "?", "O", "U3", "M8[s]", "i8,f8", ml_dtypes.float8_e4m3fn])
 def test_a_dtype_that_not_every_reader_has_is_refused_and_nothing_is_written(tmp_path: Path, dtype: Any) -> None:
-    with pytest.raises(CheckpointError, match="tensor x: dtype .* cannot be stored"):
+    with pytest.raises(CheckpointError, match=r"tensor x: dtype .* cannot be stored"):
         format.save(tmp_path / "x", {"x": np.zeros(2, dtype=dtype)}, {})
     assert not any(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The fused operations: each equals its reference and finite differences at any tile size, and itself at any thread count."""
+"""The fused operations: each equals its reference and finite differences at any tile size, itself at any thread count."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from oxidizr_ref import fused, ops, parallel
 from oxidizr_ref.autograd import Function, Tensor, no_grad
 from oxidizr_ref.fused import attention as attention_module
-from oxidizr_ref.fused import linear_cross_entropy as lce_module
 from oxidizr_ref.fused import linear as linear_module
+from oxidizr_ref.fused import linear_cross_entropy as lce_module
 from oxidizr_ref.fused import rms_norm as rms_norm_module
 from oxidizr_ref.fused import rope as rope_module
 from oxidizr_ref.fused import swiglu as swiglu_module

@@ -195,6 +195,8 @@ def test_for_each_works_in_a_forked_child() -> None:
     if child == 0:
         try:
             same = parallel.matmul(a, a.T).tobytes() == wanted.tobytes()
+            barrier = threading.Barrier(3, timeout=20)
+            parallel.for_each(3, lambda _: barrier.wait())  # the child has three threads of its own
             os._exit(0 if same else 1)
         finally:
             os._exit(2)

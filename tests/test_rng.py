@@ -56,7 +56,9 @@ def test_the_philox_of_this_test_gives_the_known_answers_of_its_authors() -> Non
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", [(0, "init", "embed_tokens.weight", 0), (7, "rounding", "a.b", 12345), (2**63, "", "é", 1)])
+@pytest.mark.parametrize(
+    "address", [(0, "init", "embed_tokens.weight", 0), (7, "rounding", "a.b", 12345), (2**63, "", "é", 1)]
+)
 def test_words_equal_philox_at_their_addresses(address: tuple[int, str, str, int]) -> None:
     wanted = [word_at(*address, index) for index in range(11)]
     assert rng.words(*address, 11).tolist() == wanted
@@ -87,10 +89,31 @@ def test_equal_addresses_give_equal_words_whatever_was_drawn_between() -> None:
     np.testing.assert_array_equal(rng.words(5, "s", "n", 3, 9), first)
 
 
-# Computed by `word_at` above, not by the package. A change here changes every trained file: raise `numerics`.
+# Written by `word_at` above, not by the package. A change here changes every trained file: raise `numerics`.
 GOLDEN_WORDS = {
-    "WORDS": None,
+    (0, "init", "embed_tokens.weight", 0): (0xBB19CEC572E2A207, 0x9FA1EB5AE3BBBFE6, 0xA483C98B0C25785C, 0xF954C4E2232952C7),
+    (1234, "rounding", "layers.0.attention.q_proj.weight", 100): (
+        0x32ECAD6B858B834B,
+        0x36EB51172A3839B7,
+        0x8D3A1722B79A4E1C,
+        0xC3AE2C8A31031FC4,
+    ),
+    (0, "shuffle", "permutation", 1): (0xB8676981BB12911A, 0x8502FB9323B3232B, 0x2AAD297201AB98E9, 0x819EF59B2780609B),
 }
+
+
+@pytest.mark.parametrize("address", GOLDEN_WORDS, ids=str)
+def test_words_are_the_golden_ones(address: tuple[int, str, str, int]) -> None:
+    drawn = [int(rng.words(*address, 1, start)[0]) for start in (0, 1, 5, 1_000_003)]
+    assert drawn == list(GOLDEN_WORDS[address])
+
+
+def test_permutation_and_first_weights_are_the_golden_ones() -> None:
+    assert rng.permutation(0, "shuffle", 1, 10).tolist() == [5, 4, 6, 7, 1, 9, 0, 2, 3, 8]
+    golden = ["-0x1.ec4eb4p-7", "0x1.4859b6p-8", "0x1.e9b6e6p-7", "-0x1.974a38p-7"]
+    drawn = rng.normal(0, "init", "embed_tokens.weight", (4,), std=0.02)
+    # Python's math and NumPy's may round their float64 results differently: one unit in the last place of float32.
+    np.testing.assert_allclose(drawn, [float.fromhex(digits) for digits in golden], rtol=1.2e-7)
 
 
 # --- distributions ----------------------------------------------------------------------------------------------------
@@ -116,6 +139,15 @@ def test_normal_is_box_and_muller_of_the_two_halves_of_each_word() -> None:
         wanted = [radius * math.cos(angle), radius * math.sin(angle)]
         # float64 functions of two libraries, then rounded to float32: within one unit in the last place.
         np.testing.assert_allclose(drawn[2 * pair : 2 * pair + 2], wanted[: 5 - 2 * pair], rtol=1.2e-7)
+
+
+def test_normal_number_2j_comes_from_word_j_however_far_along() -> None:
+    drawn = rng.normal(4, "init", "w", (200_001,))
+    for pair in (32_767, 32_768, 65_535, 65_536, 99_999):  # on both sides of the borders of whatever it is drawn in
+        word = word_at(4, "init", "w", 0, pair)
+        wanted = math.sqrt(-2 * math.log(((word >> 32) + 0.5) / 2**32)) * math.cos(2 * math.pi * (word & 0xFFFFFFFF) / 2**32)
+        # One rounding to float32, and 1e-15 absolute where the cosine's angle, rounded at 4e-16, lies near its zero.
+        assert drawn[2 * pair] == pytest.approx(wanted, rel=1.2e-7, abs=4e-15)
 
 
 def test_normal_has_the_moments_of_the_normal_distribution() -> None:

@@ -1,7 +1,7 @@
 """Tiny runs for tests: configs and text in a temporary directory, the command line in this process or in another.
 
-Run as a script (``python tests/tiny.py ARGS``) it is the command line with small tiles (`shrink_tiles`), which dies by SIGKILL
-at the moment that the environment variable TINY_KILL names. Its bits are comparable among such runs, not with others.
+Run as a script (``python tests/tiny.py ARGS``) it is the command line with small tiles (`shrink_tiles`), which dies by
+SIGKILL at the moment that the environment variable TINY_KILL names. Its bits are comparable among such runs only.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ WIDE = {"hidden_size": 64, "num_heads": 4, "kv_heads": 2, "intermediate_size": 2
 #: Fields of metrics.jsonl that tell the time.
 TIMES = frozenset({"it/s", "tokens/s"})
 
-_WORDS = "the a cat dog bird sat ran flew on over under mat tree house and then it was very small blue".split()
+_WORDS = ("the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "mat", "tree", "house", "and", "it", "blue")
 
 
 @dataclass(frozen=True)
@@ -233,9 +233,11 @@ def after_step(step: int, act: Callable[[], object]) -> Iterator[None]:
 
         return report
 
-    with mock.patch.object(HeadlessReporter, "step", replacement(HeadlessReporter)):
-        with mock.patch.object(PlainReporter, "step", replacement(PlainReporter)):
-            yield
+    with (
+        mock.patch.object(HeadlessReporter, "step", replacement(HeadlessReporter)),
+        mock.patch.object(PlainReporter, "step", replacement(PlainReporter)),
+    ):
+        yield
 
 
 @contextmanager
@@ -314,9 +316,8 @@ def tiled_functions() -> set[str]:
                 walk(child, file, (*names, child.name), isinstance(child, ast.FunctionDef))
                 continue
             call = child.func if isinstance(child, ast.Call) else None
-            if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name):
-                if call.value.id == "parallel" and call.attr in _CUTTERS:
-                    found.add(f"{file}:{'.'.join(names)}")
+            if isinstance(call, ast.Attribute) and ast.unparse(call.value) == "parallel" and call.attr in _CUTTERS:
+                found.add(f"{file}:{'.'.join(names)}")
             walk(child, file, names, in_function)
 
     for path in sorted(PACKAGE.rglob("*.py")):

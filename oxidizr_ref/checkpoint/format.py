@@ -37,6 +37,8 @@ CHUNK_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100_000_000  # the stock reader's limit
 _ALIGNMENT = 64
 _NO_DIGEST = "0" * 64
+_OWN_KEYS = ("digests", "header_digest")
+_MOST_AXES = 64  # of a NumPy array
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -109,6 +111,11 @@ def sync_directory(directory: Path) -> None:
 
 def encode_header(tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and header, digests included: it names every bit of the payload."""
+    if "__metadata__" in tensors:
+        raise CheckpointError("a tensor cannot be called __metadata__")
+    for key, value in metadata.items():
+        if key in _OWN_KEYS or not isinstance(value, str):
+            raise CheckpointError(f"metadata {key!r}: {'this key is written here' if key in _OWN_KEYS else 'not a string'}")
     entries: dict[str, Any] = {}
     offset = 0
     for name in _payload_order(tensors):
@@ -286,13 +293,18 @@ def _parse_entry(name: str, fields: Any) -> _Entry:
     entry = _Entry(name, _DTYPES[fields["dtype"]], tuple(fields["shape"]), begin, end)
     if not all(type(number) is int and number >= 0 for number in (*entry.shape, begin, end)):
         raise ValueError("not whole numbers")
+    if len(entry.shape) > _MOST_AXES or max(entry.shape, default=0) >= 2**63:
+        raise ValueError("no array has this shape")
     if math.prod(entry.shape) * entry.dtype.itemsize != end - begin:
         raise ValueError("shape and offsets disagree")
     return entry
 
 
 def _digests_in(text: str, tensors: Mapping[str, HostArray], path: Path) -> dict[str, str]:
-    digests = json.loads(text)
+    try:
+        digests = json.loads(text)
+    except (ValueError, RecursionError):
+        digests = None
     if not isinstance(digests, dict) or digests.keys() != tensors.keys():
         raise CheckpointError(f"{path}: not a whole checkpoint: digests and tensors name different things")
     return digests

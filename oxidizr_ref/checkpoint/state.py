@@ -122,15 +122,20 @@ _JSON_KEYS = ("progress", "config", "data", "tokenizer", "fingerprint", "lineage
 
 
 def continue_from(
-    saved: RunState, here: RunState, *, allow: frozenset[str] = frozenset(), strict: bool = False
+    saved: RunState, here: RunState, where: object, *, allow: frozenset[str] = frozenset(), strict: bool = False
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """May the run ``here`` continue ``saved``? Returns (what to tell the user, a line each; the lineage to carry on).
 
+    ``where`` is the file of ``saved``, for messages.
+
     Keys that shape the model must match. Seed, data and dtype must match unless allowed by name. Keys of the trainer and the
     machine class may change and are told. Raises MismatchError naming what does not fit; with ``strict``, for any change.
+    Raises CheckpointError when the file's tensors are not those of its own config.
     """
     changed = config_differences(saved.config, here.config)
     _refuse_another_model(changed)
+    _refuse_other_tensors(saved.weights, here.weights, f"{where}: weight")
+    _refuse_other_tensors(saved.optimizer, here.optimizer, f"{where}: optimizer slot")
     notices = []
     for kind, differs, what in (
         ("seed", _changes(changed, "trainer.seed"), _changes(changed, "trainer.seed")),
@@ -159,6 +164,13 @@ def _refuse_another_model(changed: list[tuple[str, Any, Any]]) -> None:
     shape = [c for c in changed if c[0].startswith("model.") and c[0] not in ("model.name", "model.dtype")]
     if shape:
         raise MismatchError(f"the checkpoint holds another model: {_changes(shape, 'model.')}; resume with its own config")
+
+
+def _refuse_other_tensors(saved: Mapping[str, Array], here: Mapping[str, Array], what: str) -> None:
+    for name in sorted(saved.keys() | here.keys()):
+        found, wanted = (f"of shape {list(arrays[name].shape)}" if name in arrays else "absent" for arrays in (saved, here))
+        if found != wanted:
+            raise CheckpointError(f"{what} {name} is {found}; by the config in the file it should be {wanted}")
 
 
 def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: str = "\0") -> str:

@@ -24,7 +24,10 @@ from oxidizr_ref.checkpoint import format
 from oxidizr_ref.errors import CheckpointError, UsageError
 
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)\.safetensors")
-_LEFTOVER = re.compile(r"\.(step_[0-9]+\.safetensors|[a-z]+\.jsonl?)\.[0-9]+\.tmp")
+_INCOMING = ".incoming.safetensors"
+_LEFTOVER = re.compile(
+    r"\.(step_[0-9]+\.safetensors|[a-z]+\.jsonl?|\.incoming\.safetensors)\.[0-9]+\.tmp|\.incoming\.safetensors"
+)
 
 
 class CheckpointStore:
@@ -43,8 +46,14 @@ class CheckpointStore:
         """The steps whose files are here, ascending."""
         if not self.directory.is_dir():
             return []
-        matches = (_STEP_FILE.fullmatch(entry.name) for entry in self.directory.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        try:
+            names = [entry.name for entry in self.directory.iterdir()]
+        except OSError as error:
+            raise self._unusable(error) from error
+        return sorted(int(match[1]) for match in map(_STEP_FILE.fullmatch, names) if match)
+
+    def _unusable(self, error: OSError) -> UsageError:
+        return UsageError(f"checkpoint directory {self.directory}: {error.strerror or error}; see --checkpoint-dir")
 
     def describe(self) -> str:
         """Which step files are here, in a few words."""
@@ -72,7 +81,10 @@ class CheckpointStore:
         """Read and prove one file. A file named ``step_N`` whose inside says another step is damage."""
         checkpoint = format.load(path)
         match = _STEP_FILE.fullmatch(path.name)
-        inside = json.loads(checkpoint.metadata.get("progress", "{}")).get("step")
+        try:
+            inside = json.loads(checkpoint.metadata["progress"])["step"]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: does not say which step it holds") from None
         if match and int(match[1]) != inside:
             raise CheckpointError(f"{path}: named after step {match[1]}, but it holds step {inside}")
         return checkpoint
@@ -88,8 +100,7 @@ class CheckpointStore:
                     entry.unlink()
             self._write("config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(f"checkpoint directory {self.directory}: {reason}; see --checkpoint-dir") from error
+            raise self._unusable(error) from error
 
     def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
         """Write the file of one step, metrics first, then let go of the oldest beyond ``keep``.
@@ -139,19 +150,24 @@ class CheckpointStore:
                 "(moves them to superseded/), or choose another --checkpoint-dir"
             )
 
-    def supersede(self, first: int, progress: int) -> list[int]:
+    def supersede(
+        self, first: int, progress: int, begin_with: tuple[Mapping[str, Any], Mapping[str, str]] | None = None
+    ) -> list[int]:
         """Move the step files from step ``first`` on, and the metric lines beyond step ``progress``, to ``superseded/``.
 
-        Returns the steps that were moved. Where there are none, later metric lines are those of steps that will be done
-        again, and are dropped.
+        ``begin_with``: tensors and metadata that become the file of step ``progress``, so that ``auto`` finds a branch that
+        began elsewhere. Returns the steps that were moved. Where there are none, later metric lines are those of steps
+        that will be done again, and are dropped.
 
         What is about to be moved is noted in run.json first. If the process dies in between, the next one finishes the
         moving before it looks for the newest file, so it can never continue on the abandoned branch.
         """
         steps = [step for step in self.steps() if step >= first]
-        if not steps:
+        if not steps and begin_with is None:
             self._cut_metrics(progress, None)
             return []
+        if begin_with is not None:
+            format.save(self.directory / _INCOMING, *begin_with)
         taken = self.directory / "superseded"
         number = 1 + max((int(e.name) for e in taken.iterdir() if e.name.isdigit()), default=0) if taken.is_dir() else 1
         self._write("run.json", json.dumps({"superseding": {"steps": steps, "progress": progress, "into": str(number)}}))
@@ -170,6 +186,8 @@ class CheckpointStore:
         for step in task["steps"]:
             if self.path(step).exists():
                 os.replace(self.path(step), into / self.path(step).name)
+        if (self.directory / _INCOMING).exists():
+            os.replace(self.directory / _INCOMING, self.path(task["progress"]))
         self._cut_metrics(task["progress"], into / "metrics.jsonl")
         format.sync_directory(into)
         self._write("run.json", json.dumps({"superseding": None}))

@@ -54,7 +54,7 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:  # unknown commands and options, values of the wrong type
         return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted before training began; nothing was changed", 130)
+        return _fail("interrupted; checkpoints written before are whole", 130)
     except OxidizrError as error:
         if debug:
             raise
@@ -73,7 +73,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
+        what = " ".join(str(error).split())
+        return _fail(f"{type(error).__name__}: {what} (unexpected; --debug shows where)", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,6 +15,7 @@ from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.checkpoint.format import read_metadata
 from oxidizr_ref.checkpoint.state import ALLOWABLE
+from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
 from oxidizr_ref.errors import CheckpointError, UsageError
@@ -216,15 +217,15 @@ def _config(source: str | None, resume: str | None, settings: list[str], flags: 
     if source is not None or resume in (None, "auto"):
         return load_config(source or DEFAULT_CONFIG, settings, flags)
     path = Path(resume or "")
-    if not path.is_file():
-        raise UsageError(f"--resume {path}: no such file; give -f CONFIG, or the path of a step file")
+    CheckpointStore(path.parent).resolve(str(path))  # it must be there
     try:
         inside = json.loads(read_metadata(path)["config"])
     except KeyError:
         raise CheckpointError(f"{path}: holds no config; give it with -f CONFIG") from None
     _fill_in_what_changes_no_bits(inside, path.parent)
     config = Config.from_canonical(inside, settings, flags)
-    if "max_steps" not in inside["trainer"] and not any(text.startswith("trainer.max_steps=") for text in flags.values()):
+    given = {text.partition("=")[0].removeprefix("trainer.") for text in (*settings, *flags.values())}
+    if not {"max_steps", "num_epochs"} & (inside["trainer"].keys() | given):
         raise UsageError(f"--resume {path}: the file does not say how long to train; give --max-steps N, or -f CONFIG")
     return config
 

@@ -1,0 +1,304 @@
+"""Every primitive, every fused op and AdamW against PyTorch, forward and gradients, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oxidizr_ref import ops
+from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.fused import attention as attention_module
+from oxidizr_ref.fused import linear as linear_module
+from oxidizr_ref.fused import linear_cross_entropy as lce_module
+from oxidizr_ref.fused import rms_norm as rms_norm_module
+from oxidizr_ref.fused import rope as rope_module
+from oxidizr_ref.fused import swiglu as swiglu_module
+from oxidizr_ref.fused.register import REGISTER, reference
+from oxidizr_ref.optim import AdamW
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+pytestmark = pytest.mark.oracle
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> Any:
+    return rng.standard_normal(shape)
+
+
+def positive(*shape: int) -> Any:
+    return rng.uniform(0.5, 2, shape)
+
+
+def compare(ours: Callable[..., Any], theirs: Callable[..., Any], arrays: list[Any]) -> None:
+    """Relative error max|a-b| / max|b| below 1e-10 in the result and in every gradient; exact where PyTorch's is zero."""
+    leaves = [Tensor(array.copy(), requires_grad=True) for array in arrays]
+    judges = [torch.tensor(array, requires_grad=True) for array in arrays]
+    result, wanted = ours(*leaves), theirs(*judges)
+    dy = np.random.default_rng(1).standard_normal(result.shape)
+    result.backward(dy)
+    wanted.backward(torch.tensor(dy))
+    pairs = [(result.data, wanted.detach().numpy())]
+    pairs += [(leaf.grad, judge.grad.numpy()) for leaf, judge in zip(leaves, judges, strict=True)]
+    for found, judge in pairs:
+        assert found.shape == judge.shape
+        assert np.max(np.abs(found - judge), initial=0) <= 1e-10 * np.max(np.abs(judge), initial=0)
+
+
+# --- primitives -------------------------------------------------------------------------------------------------------
+
+IDS = rng.integers(0, 5, (3, 4))  # 12 ids of 5 rows: some row is read more than twice
+ALONG = np.array([[0, 0, 3], [2, 2, 2]])
+CONDITION = rng.random((3, 4)) < 0.5
+#: op class -> (name, ours, PyTorch's, arrays), as many as it takes.
+EXAMPLES: dict[type[Function], list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any]]]] = {
+    ops.Add: [("broadcast", lambda a, b: a + b, lambda a, b: a + b, [normal(3, 1, 4), normal(2, 1)])],
+    ops.Sub: [("broadcast", lambda a, b: a - b, lambda a, b: a - b, [normal(4), normal(2, 3, 1)])],
+    ops.Mul: [("broadcast", lambda a, b: a * b, lambda a, b: a * b, [normal(3, 1), normal(1, 4)])],
+    ops.Div: [("broadcast", lambda a, b: a / b, lambda a, b: a / b, [normal(3, 4), positive(3, 1)])],
+    ops.MatMul: [
+        ("matrices", ops.matmul, torch.matmul, [normal(3, 4), normal(4, 5)]),
+        ("batches", ops.matmul, torch.matmul, [normal(2, 1, 3, 4), normal(6, 4, 5)]),
+        ("nothing to sum", ops.matmul, torch.matmul, [normal(3, 0), normal(0, 5)]),
+    ],
+    ops.Where: [
+        (
+            "broadcast",
+            lambda a, b: ops.where(a, b, condition=CONDITION),
+            lambda a, b: torch.where(torch.tensor(CONDITION), a, b),
+            [normal(4), normal(3, 1)],
+        )
+    ],
+    ops.Power: [(str(e), lambda x, e=e: x**e, lambda x, e=e: x**e, [positive(3, 4)]) for e in (2, 3, 0.5, -1, -2.5, 0, 1)],
+    ops.Exp: [("", ops.exp, torch.exp, [normal(3, 4)])],
+    ops.Log: [("", ops.log, torch.log, [positive(3, 4)])],
+    ops.Sqrt: [("", ops.sqrt, torch.sqrt, [positive(3, 4)])],
+    ops.Sin: [("", ops.sin, torch.sin, [normal(3, 4)])],
+    ops.Cos: [("", ops.cos, torch.cos, [normal(3, 4)])],
+    ops.Tanh: [("", ops.tanh, torch.tanh, [normal(3, 4)])],
+    ops.Sigmoid: [("", ops.sigmoid, torch.sigmoid, [normal(3, 4) * 10])],
+    ops.Softplus: [
+        ("", ops.softplus, F.softplus, [normal(3, 4)]),
+        ("far out", ops.softplus, lambda x: F.softplus(x, threshold=1e9), [np.array([-700.0, -40.0, 0.0, 40.0, 700.0])]),
+    ],
+    ops.Sum: [
+        ("all", lambda x: x.sum(), lambda x: x.sum(), [normal(2, 3, 4)]),
+        ("axes", lambda x: x.sum(axis=(0, -1)), lambda x: x.sum((0, -1)), [normal(2, 3, 4)]),
+        ("keep", lambda x: x.sum(axis=1, keepdims=True), lambda x: x.sum(1, keepdim=True), [normal(2, 3, 4)]),
+        ("empty", lambda x: x.sum(axis=0), lambda x: x.sum(0), [normal(0, 4)]),
+    ],
+    ops.Max: [
+        ("axis", lambda x: ops.amax(x, axis=1), lambda x: torch.amax(x, 1), [normal(3, 4, 2)]),
+        (
+            "ties",
+            lambda x: ops.amax(x, axis=-1, keepdims=True),
+            lambda x: torch.amax(x, -1, keepdim=True),
+            [rng.integers(0, 3, (6, 5)).astype(float)],
+        ),
+    ],
+    ops.Softmax: [
+        ("last", lambda x: ops.softmax(x, axis=-1), lambda x: torch.softmax(x, -1), [normal(3, 4) * 5]),
+        ("first", lambda x: ops.softmax(x, axis=0), lambda x: torch.softmax(x, 0), [normal(3, 4) * 5]),
+    ],
+    ops.LogSoftmax: [
+        ("last", lambda x: ops.log_softmax(x, axis=-1), lambda x: torch.log_softmax(x, -1), [normal(3, 4) * 5]),
+        ("first", lambda x: ops.log_softmax(x, axis=0), lambda x: torch.log_softmax(x, 0), [normal(3, 4) * 5]),
+    ],
+    ops.CumSum: [
+        (str(a), lambda x, a=a: ops.cumsum(x, axis=a), lambda x, a=a: x.cumsum(a), [normal(3, 4)]) for a in (0, -1)
+    ],
+    ops.Reshape: [("", lambda x: x.reshape(4, -1), lambda x: x.reshape(4, -1), [normal(2, 3, 4)])],
+    ops.Transpose: [
+        ("", lambda x: ops.transpose(x, order=(1, 2, 0)), lambda x: x.permute(1, 2, 0), [normal(2, 3, 4)]),
+    ],
+    ops.BroadcastTo: [
+        ("", lambda x: ops.broadcast_to(x, shape=(5, 2, 4)), lambda x: x.expand(5, 2, 4), [normal(2, 1)]),
+    ],
+    ops.GetItem: [
+        ("", lambda x: x[1, ..., None, 1:3], lambda x: x[1, ..., None, 1:3], [normal(2, 3, 4)]),
+        ("reversed", lambda x: x[:, ::-2], lambda x: x.flip(1)[:, ::2], [normal(2, 5)]),
+    ],
+    ops.Pad: [
+        ("", lambda x: ops.pad(x, widths=((1, 0), (2, 3))), lambda x: F.pad(x, (2, 3, 1, 0)), [normal(2, 3)]),
+    ],
+    ops.Concatenate: [
+        (
+            "",
+            lambda *parts: ops.concatenate(*parts, axis=-1),
+            lambda *parts: torch.cat(parts, -1),
+            [normal(2, 3), normal(2, 0), normal(2, 1)],
+        ),
+    ],
+    ops.Lookup: [
+        (
+            "duplicates",
+            lambda table: ops.lookup(table, ids=IDS),
+            lambda table: F.embedding(torch.tensor(IDS), table),
+            [normal(5, 6)],
+        ),
+    ],
+    ops.TakeAlong: [
+        (
+            "duplicates",
+            lambda x: ops.take_along(x, ids=ALONG),
+            lambda x: torch.gather(x, -1, torch.tensor(ALONG)),
+            [normal(2, 4)],
+        ),
+    ],
+}
+ALL_OPS = sorted(
+    (op for op in vars(ops).values() if isinstance(op, type) and issubclass(op, Function) and op is not Function),
+    key=lambda op: op.__name__,
+)
+
+
+@pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.__name__)
+def test_primitive_equals_pytorch_in_result_and_gradients(op: type[Function]) -> None:
+    assert op in EXAMPLES, f"{op.__name__} is compared with nothing: write an example"
+    for _, ours, theirs, arrays in EXAMPLES[op]:
+        compare(ours, theirs, arrays)
+
+
+COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any]]] = {
+    "silu": (ops.silu, F.silu, [normal(3, 4)]),
+    "mean": (lambda x: x.mean(), lambda x: x.mean(), [normal(3, 4)]),
+    "mean over axes": (lambda x: x.mean(axis=(0, 2)), lambda x: x.mean((0, 2)), [normal(2, 3, 4)]),
+    "swapaxes": (lambda x: x.swapaxes(0, -1), lambda x: x.swapaxes(0, -1), [normal(2, 3, 4)]),
+    "negative": (lambda x: -x, lambda x: -x, [normal(3)]),
+    "with numbers": (lambda x: 2 / (1 - x * 3) - x / 4, lambda x: 2 / (1 - x * 3) - x / 4, [positive(3)]),
+    "matrix product by operator": (lambda a, b: a @ b, lambda a, b: a @ b, [normal(3, 4), normal(4, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_function_equals_pytorch_in_result_and_gradients(name: str) -> None:
+    compare(*COMPOSED[name])
+
+
+# --- fused ops --------------------------------------------------------------------------------------------------------
+
+
+def torch_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
+    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
+
+
+def torch_rope(x: Any, theta: float, start: int = 0) -> Any:
+    """As Hugging Face's Llama writes it: ``x cos + rotate_half(x) sin``, the frequencies repeated twice."""
+    width = x.shape[-1]
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(start, start + x.shape[1], dtype=torch.float64), frequencies)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    half = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
+    return x * angles.cos() + half * angles.sin()
+
+
+def torch_linear_cross_entropy(h: Any, w: Any, targets: Any, divisor: float) -> Any:
+    logits = (h @ w.T).reshape(-1, w.shape[0])
+    return F.cross_entropy(logits, torch.tensor(targets).reshape(-1), reduction="sum") / divisor
+
+
+TARGETS = rng.integers(0, 31, (2, 70))
+FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any], dict[str, Any]]] = {
+    "attention": (
+        attention_module.attention,
+        torch_attention,
+        [normal(2, 150, 4, 8), normal(2, 150, 2, 8), normal(2, 150, 2, 6)],
+        {"scale": 0.35},
+    ),
+    "linear": (linear_module.linear, F.linear, [normal(2, 7, 5), normal(6, 5)], {}),
+    "linear_cross_entropy": (
+        lce_module.linear_cross_entropy,
+        torch_linear_cross_entropy,
+        [normal(2, 70, 8), normal(31, 8)],
+        {"targets": TARGETS, "divisor": 140.0},
+    ),
+    "rms_norm": (
+        rms_norm_module.rms_norm,
+        lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps),
+        [normal(3, 5, 16), normal(16)],
+        {"eps": 1e-5},
+    ),
+    "rope": (rope_module.rope, torch_rope, [normal(2, 9, 3, 8)], {"theta": 1e4, "start": 5}),
+    "swiglu": (
+        swiglu_module.swiglu,
+        lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d),
+        [normal(2, 7, 5), normal(11, 5), normal(11, 5), normal(5, 11)],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", sorted(REGISTER))
+def test_fused_op_and_its_reference_equal_pytorch_in_result_and_gradients(name: str, plain: bool) -> None:
+    assert name in FUSED, f"{name} is compared with nothing: write an example"
+    ours, theirs, arrays, options = FUSED[name]
+
+    def run(*tensors: Tensor) -> Any:
+        if not plain:
+            return ours(*tensors, **options)
+        with reference():
+            return ours(*tensors, **options)
+
+    compare(run, lambda *x: theirs(*x, **options), arrays)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_with_more_keys_than_queries_equals_pytorch(queries: int) -> None:
+    arrays = [normal(2, queries, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)]
+    compare(
+        lambda q, k, v: attention_module.attention(q, k, v, scale=0.3), lambda q, k, v: torch_attention(q, k, v, 0.3), arrays
+    )
+
+
+# --- AdamW ------------------------------------------------------------------------------------------------------------
+
+
+def test_ten_steps_of_adamw_equal_pytorchs() -> None:
+    start = {"a.weight": normal(5, 7), "b.norm.weight": normal(7)}
+    gradients = [{name: normal(*array.shape) for name, array in start.items()} for _ in range(10)]
+    arrays = {name: array.copy() for name, array in start.items()}
+    ours = AdamW(arrays, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    judges = {name: torch.tensor(array, requires_grad=True) for name, array in start.items()}
+    theirs = torch.optim.AdamW(
+        [{"params": [judges["a.weight"]], "weight_decay": 0.1}, {"params": [judges["b.norm.weight"]], "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for n, g in enumerate(gradients):
+        rate = 0.01 * (1 - 0.05 * n)
+        for group in theirs.param_groups:
+            group["lr"] = rate
+        for name, judge in judges.items():
+            judge.grad = torch.tensor(g[name])
+        theirs.step()
+        ours.step(g, lr=rate)
+    for name, judge in judges.items():
+        wanted = judge.detach().numpy()
+        assert np.max(np.abs(arrays[name] - wanted)) <= 1e-12 * np.max(np.abs(wanted))
+        for slot in ("exp_avg", "exp_avg_sq"):
+            wanted = theirs.state[judge][slot].numpy()
+            assert np.max(np.abs(ours.slots[slot][name] - wanted)) <= 1e-12 * np.max(np.abs(wanted))
+
+
+def test_clipping_equals_pytorchs() -> None:
+    from oxidizr_ref.optim import clip_factor, global_norm
+
+    gradients = {"a": normal(5, 7), "b": normal(7)}
+    judges = [torch.zeros(g.shape, dtype=torch.float64, requires_grad=True) for g in gradients.values()]
+    for judge, g in zip(judges, gradients.values(), strict=True):
+        judge.grad = torch.tensor(g)
+    norm = torch.nn.utils.clip_grad_norm_(judges, 1.0)
+    assert global_norm(gradients) == pytest.approx(float(norm), rel=1e-13)
+    factor = clip_factor(global_norm(gradients), 1.0)
+    for judge, g in zip(judges, gradients.values(), strict=True):
+        np.testing.assert_allclose(g * factor, judge.grad.numpy(), rtol=1e-13)

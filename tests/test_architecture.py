@@ -1,0 +1,285 @@
+"""The house (design.md 2): who may import whom, what it may cost to import, and how large it may grow."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import tiny
+
+import oxidizr_ref
+from oxidizr_ref.config import bundled_config_names, load_config
+
+PACKAGE = tiny.PACKAGE
+BESIDE = "beside"
+
+#: Every module (or package) and its floor. A new file must be given its place here.
+FLOORS: dict[str, int | str] = {
+    "version": 0,
+    "errors": 0,
+    "backend": 0,
+    "parallel": 0,
+    "rng": 0,
+    "config": 0,
+    "config_keys": 0,
+    "config_yaml": 0,
+    "tokenizers": 0,
+    "fingerprint": 0,
+    "autograd": 1,
+    "ops": 2,
+    "fused": 3,
+    "nn": 4,
+    "layers": 5,
+    "model": 6,
+    "memory": 7,
+    "sampling": 7,
+    "signals": 7,
+    "trainer": 7,
+    "cli": 8,
+    "__main__": 8,
+    "data": BESIDE,
+    "optim": BESIDE,
+    "checkpoint": BESIDE,
+}
+#: On the floors whose files stand side by side, the one that the others may lean on.
+SHARED_ON_FLOOR = {"fused": {"fused.register"}, "layers": set[str]()}
+
+#: Outside packages, by where they may be imported.
+EVERYWHERE = {"numpy", "ml_dtypes", "safetensors"}
+ONLY_IN = {
+    "yaml": {"config_yaml", "config"},
+    "pydantic": {"config", "config_keys"},
+    "threadpoolctl": {"parallel"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "click": {"cli"},
+}
+
+MOST_LINES = 400
+LONGER_FILES = {"ops.py": (430, "the primitives are read as one table, forward above backward")}
+
+#: Calls of NumPy itself in code whose arrays may live on a device: none of them touches such an array.
+HOST_CALLS = {
+    "autograd.py": {"asarray": "a Python number or list becomes a host tensor"},
+    "nn.py": {
+        "empty": "the place of a parameter before it is filled",
+        "full": "first values are made on the host",
+        "prod": "a product of lengths of axes",
+    },
+    "model.py": {"asarray": "tokens given as a list"},
+    "fused/attention.py": {
+        "tril": "the causal mask is made on the host, once",
+        "ones": "the causal mask is made on the host, once",
+        "where": "the causal mask is made on the host, once",
+    },
+    "fused/rope.py": {
+        "arange": "the tables of angles are made on the host, once",
+        "outer": "the tables of angles are made on the host, once",
+        "cos": "the tables of angles are made on the host, once",
+        "sin": "the tables of angles are made on the host, once",
+    },
+}
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """All modules of the package by their name inside it (``fused.rope``; a package by its own name)."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
+    """Every module a file imports, at its top or inside a function; those for the type checker alone are left out."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for branch in child.orelse:
+                    yield from walk(branch)
+            elif isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                yield from _modules_meant(child)
+            else:
+                yield from walk(child)
+
+    return frozenset(walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def _modules_meant(node: ast.ImportFrom) -> Iterator[str]:
+    """``from oxidizr_ref import rng`` means oxidizr_ref.rng; ``from oxidizr_ref.rng import words`` too."""
+    assert node.module is not None
+    for alias in node.names:
+        inner = f"{node.module}.{alias.name}".removeprefix("oxidizr_ref.")
+        yield f"oxidizr_ref.{inner}" if inner in sources() else node.module
+
+
+def inside(path: Path) -> set[str]:
+    return {name.removeprefix("oxidizr_ref.") for name in imports_of(path) if name.startswith("oxidizr_ref.")}
+
+
+def floor(name: str) -> int | str:
+    return FLOORS[name.partition(".")[0]]
+
+
+def home(name: str) -> str:
+    return name.partition(".")[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- floors
+
+
+def test_every_file_has_its_floor_and_every_floor_its_file() -> None:
+    assert {home(name) for name in sources()} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(sources()))
+def test_imports_go_downward_only(name: str) -> None:
+    own = floor(name)
+    for other in inside(sources()[name]):
+        theirs = floor(other)
+        if home(other) == home(name):
+            allowed = home(name) not in SHARED_ON_FLOOR or other in SHARED_ON_FLOOR[home(name)]
+        elif own == BESIDE:
+            allowed = theirs == 0
+        elif theirs == BESIDE:
+            allowed = isinstance(own, int) and own >= 7
+        else:
+            assert isinstance(own, int) and isinstance(theirs, int)
+            allowed = theirs < own or (theirs == own and own in (0, 7, 8))
+        assert allowed, f"{name} (floor {own}) imports {other} (floor {theirs})"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {name: inside(path) - {name} for name, path in sources().items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_nothing_below_the_command_line_imports_the_package_as_a_whole() -> None:
+    for name, path in sources().items():
+        if home(name) != "cli":
+            assert "oxidizr_ref" not in imports_of(path), name
+
+
+@pytest.mark.parametrize("name", sorted(sources()))
+def test_outside_packages_stay_where_they_belong(name: str) -> None:
+    outside = {found.partition(".")[0] for found in imports_of(sources()[name])} - {"oxidizr_ref", *sys.stdlib_module_names}
+    for package in outside - EVERYWHERE:
+        assert home(name) in ONLY_IN.get(package, ()), f"{name} imports {package}"
+
+
+def test_cupy_is_imported_lazily_and_by_the_backend_alone() -> None:
+    for name, path in sources().items():
+        assert not any(found.partition(".")[0] in ("cupy", "cupyx") for found in imports_of(path)), name
+        assert ('"cupy"' in path.read_text(encoding="utf-8")) <= (name == "backend"), name
+
+
+def test_no_numpy_function_is_called_on_arrays_that_may_live_on_a_device() -> None:
+    found: dict[str, set[str]] = {}
+    for name, path in sources().items():
+        if home(name) in {"autograd", "fused", "nn", "layers", "model"}:
+            calls = (
+                node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            )
+            numpy = {match[1] for call in calls if (match := re.fullmatch(r"(?:np|numpy)\.([\w.]+)", ast.unparse(call)))}
+            if numpy:
+                found[path.relative_to(PACKAGE).as_posix()] = numpy
+    assert found == {file: set(reasons) for file, reasons in HOST_CALLS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- size
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("name", sorted(sources()))
+def test_no_file_is_longer_than_can_be_read(name: str) -> None:
+    path = sources()[name]
+    most, _ = LONGER_FILES.get(path.name, (MOST_LINES, ""))
+    assert lines_of(path) <= most
+
+
+def test_floors_0_to_7_fit_within_4500_lines() -> None:
+    assert sum(lines_of(path) for name, path in sources().items() if floor(name) not in (8, BESIDE)) <= 4500
+
+
+def test_there_is_no_drawer_for_odds_and_ends() -> None:
+    vague = re.compile(r"utils?|helpers?|common|misc|tools?")
+    assert [path for path in PACKAGE.rglob("*") if vague.fullmatch(path.stem)] == []
+
+
+def test_every_file_says_what_it_is() -> None:
+    for name, path in sources().items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+
+def modules_after(statement: str) -> set[str]:
+    program = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=tiny.environment()
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_bare_import_takes_less_than_300_ms_and_loads_no_library() -> None:
+    assert modules_after("import oxidizr_ref").isdisjoint({"numpy", "typer", "rich", "click", "pydantic", "yaml", "cupy"})
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import oxidizr_ref"], check=True, env=tiny.environment())
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.3
+
+
+def test_no_public_name_loads_the_command_line_s_libraries() -> None:
+    statement = f"from oxidizr_ref import {', '.join(name for name in oxidizr_ref.__all__ if name != '__version__')}"
+    assert modules_after(statement).isdisjoint({"typer", "rich", "click", "cupy", "torch", "transformers"})
+
+
+def test_the_public_names_are_those_of_the_contract() -> None:
+    contract = {"load_config", "LanguageModel", "Tensor", "no_grad", "reference", "AdamW", "Trainer", "checkpoint"}
+    assert contract <= set(oxidizr_ref.__all__)
+    for name in oxidizr_ref.__all__:
+        assert getattr(oxidizr_ref, name) is not None
+    assert {"save", "load", "verify"} <= set(dir(oxidizr_ref.checkpoint))
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = oxidizr_ref.nothing_like_it
+
+
+# ------------------------------------------------------------------------------------------------------------- package
+
+
+def test_the_version_is_told_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", oxidizr_ref.__version__)
+    assert importlib.metadata.version("oxidizr-ref") == oxidizr_ref.__version__
+
+
+def test_types_ship_with_the_package() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", bundled_config_names())
+def test_every_bundled_model_loads(name: str) -> None:
+    assert load_config(name).model.name == name
+    assert {path.stem for path in (tiny.REPOSITORY / "models").glob("*.yaml")} == set(bundled_config_names())
