@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from oxidizr_ref.backend import Array, owned, to_compute, xp_of
+from oxidizr_ref.backend import Array, compute_dtype, owned, to_compute, xp_of
 
 _gradients_wanted: ContextVar[bool] = ContextVar("gradients_wanted", default=True)
 
@@ -66,7 +66,7 @@ class Tensor:
 
     def item(self) -> float:
         """The only element as a Python float. On a device this waits for the computation."""
-        return float(self.data)
+        return float(self.data.item())
 
     def detach(self) -> Tensor:
         """The same array without its history."""
@@ -105,10 +105,13 @@ class Tensor:
             if self.data.size != 1:
                 raise RuntimeError(f"backward() of a tensor of shape {self.shape} needs a gradient of that shape")
             gradient = xp_of(self.data).ones_like(self.data)
+        if gradient.shape != self.shape:
+            raise RuntimeError(f"backward() of a tensor of shape {self.shape} got a gradient of shape {gradient.shape}")
+        gradient = gradient.astype(compute_dtype(self.dtype), copy=False)
         if self.node is None:
             if not self.requires_grad:
                 raise RuntimeError("backward() of a tensor that was not computed from any tensor requiring a gradient")
-            _add_to_leaf(self, gradient)
+            _add_to_leaf(self, owned(gradient))
             return
 
         waiting = {self.node: gradient}
@@ -179,7 +182,10 @@ def _may_alias(a: Array, b: Array) -> bool:
 
 
 def _add_to_leaf(leaf: Tensor, gradient: Array) -> None:
-    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    if leaf.grad is not None:
+        gradient = leaf.grad + gradient
+    # NumPy keeps the order of a transposed operand, and makes scalars of 0-d arrays; a persistent array is neither.
+    leaf.grad = xp_of(gradient).asarray(gradient, dtype=compute_dtype(leaf.dtype), order="C")
 
 
 def _consumers_first(root: Function) -> list[Function]:

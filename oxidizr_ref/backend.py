@@ -98,7 +98,7 @@ def to_device(x: np.ndarray[Any, Any], like: Array) -> Array:
 
 
 def segment_sum(rows: Array, ids: Array, num_segments: int) -> Array:
-    """``out[i] = sum of rows[j] over all j with ids[j] == i``, each sum taken in the order of j.
+    """``out[i] = sum of rows[j] over all j with ids[j] == i``; each sum depends on its own rows, in the order of j, alone.
 
     This is the gradient of a row lookup. ``np.add.at`` is slow, and the atomic scatter of a device adds in varying order, so
     the rows are sorted by id (stably) and summed segment by segment.

@@ -6,9 +6,11 @@ checked against such compositions. In backward code a leading ``d`` means "gradi
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, compute_dtype, segment_sum, to_compute, xp_of
@@ -18,9 +20,13 @@ Axes: TypeAlias = int | tuple[int, ...] | None
 
 
 def as_tensor(value: Operand, like: Tensor) -> Tensor:
-    """``value`` itself, or a Python number as a 0-d tensor in the compute dtype (and on the device) of ``like``."""
+    """``value`` as a tensor: an array as it is, a number as a 0-d tensor in the compute dtype (and device) of ``like``."""
     if isinstance(value, Tensor):
         return value
+    if hasattr(value, "shape") and value.shape != ():
+        return Tensor(value)
+    if not isinstance(value, int | float | np.number):
+        raise TypeError(f"expected a tensor or a number, found {type(value).__name__}")
     return Tensor(xp_of(like.data).asarray(value, dtype=compute_dtype(like.dtype)))
 
 
@@ -36,8 +42,7 @@ def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
 
 def _axes(axis: Axes, ndim: int) -> tuple[int, ...]:
     """The axes meant by ``axis`` (None: all), as sorted non-negative numbers."""
-    chosen = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    return tuple(sorted(a % ndim for a in chosen))
+    return tuple(range(ndim)) if axis is None else tuple(sorted(normalize_axis_tuple(axis, ndim)))
 
 
 # --- arithmetic on two operands, with broadcasting --------------------------------------------------------------------
@@ -328,7 +333,7 @@ class Pad(Function):
 
 class Concatenate(Function):
     def forward(self, *parts: Array, axis: int) -> Array:
-        self.axis = axis % parts[0].ndim
+        (self.axis,) = _axes(axis, parts[0].ndim)
         self.lengths = [part.shape[self.axis] for part in parts]
         return xp_of(parts[0]).concatenate(parts, axis=self.axis)
 
@@ -342,7 +347,7 @@ class Concatenate(Function):
 
 
 class Lookup(Function):
-    """``y[...] = table[ids[...]]``: rows of a table. Only the rows that are read are cast."""
+    """``y[...] = table[ids[...]]``: rows of a table, for ids in [0, rows). Only the rows that are read are cast."""
 
     casts_inputs = False
 
@@ -351,14 +356,13 @@ class Lookup(Function):
         return to_compute(table[ids])
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
-        width = int(np.prod(dy.shape[self.ids.ndim :], dtype=np.int64))
-        rows = dy.reshape(self.ids.size, width)
+        rows = dy.reshape(self.ids.size, math.prod(dy.shape[self.ids.ndim :]))
         dtable = segment_sum(rows, self.ids.reshape(-1), self.rows)
         return (dtable.reshape(self.rows, *dy.shape[self.ids.ndim :]),)
 
 
 class TakeAlong(Function):
-    """``y[..., j] = x[..., ids[..., j]]`` along the last axis; an element taken twice receives both gradients."""
+    """``y[..., j] = x[..., ids[..., j]]``, ids in [0, n); an element taken twice receives both gradients."""
 
     def forward(self, x: Array, *, ids: Array) -> Array:
         self.ids, self.shape = ids, x.shape
@@ -366,8 +370,8 @@ class TakeAlong(Function):
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
         xp, width = xp_of(dy), self.shape[-1]
-        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        flat_ids = self.ids.reshape(rows, -1) + width * xp.arange(rows)[:, None]
+        rows = math.prod(self.shape[:-1])
+        flat_ids = self.ids.reshape(rows, self.ids.shape[-1]) + width * xp.arange(rows)[:, None]
         return (segment_sum(dy.reshape(-1, 1), flat_ids.reshape(-1), rows * width).reshape(self.shape),)
 
 
@@ -388,9 +392,7 @@ def silu(x: Tensor) -> Tensor:
 
 def mean(x: Tensor, axis: Axes = None, keepdims: bool = False) -> Tensor:
     """The sum over ``axis`` (default: all axes) divided by the number of elements summed."""
-    count = int(np.prod([x.shape[a] for a in _axes(axis, x.ndim)], dtype=np.int64))
-    total = Sum.apply(x, axis=axis, keepdims=keepdims)
-    return Div.apply(total, as_tensor(float(count), like=x))
+    return Sum.apply(x, axis=axis, keepdims=keepdims) / math.prod(x.shape[a] for a in _axes(axis, x.ndim))
 
 
 def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
@@ -403,7 +405,8 @@ def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
 def _power(x: Tensor, exponent: float) -> Tensor:
     if isinstance(exponent, Tensor):
         raise TypeError("the exponent must be a number; write exp(log(x) * y) for a tensor exponent")
-    return Power.apply(x, exponent=exponent)
+    # A Python number leaves the dtype alone; a NumPy one would raise float32 to float64.
+    return Power.apply(x, exponent=exponent.item() if isinstance(exponent, np.number) else exponent)
 
 
 OPERATORS = {
@@ -417,7 +420,7 @@ OPERATORS = {
     "__rtruediv__": lambda a, b: Div.apply(as_tensor(b, like=a), a),
     "__neg__": lambda a: Mul.apply(a, as_tensor(-1.0, like=a)),
     "__pow__": _power,
-    "__matmul__": MatMul.apply,
+    "__matmul__": lambda a, b: MatMul.apply(a, b),
     "__getitem__": lambda x, index: GetItem.apply(x, index=index),
     "sum": lambda x, axis=None, keepdims=False: Sum.apply(x, axis=axis, keepdims=keepdims),
     "mean": mean,

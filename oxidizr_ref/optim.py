@@ -50,8 +50,9 @@ def learning_rate(n: int, *, peak: float, schedule: str, warmup_steps: int, tota
     """The learning rate of update ``n`` (1, 2, …, total_steps).
 
     It rises linearly to ``peak`` over ``warmup_steps``, then: ``constant`` stays; ``linear`` and ``cosine`` (Loshchilov &
-    Hutter 2017) fall to ``min_lr_ratio * peak``; ``wsd`` (warmup-stable-decay, Hu et al. 2024) stays and falls linearly
-    over the last fifth of all steps.
+    Hutter 2017) fall towards ``min_lr_ratio * peak``; ``wsd`` (warmup-stable-decay, Hu et al. 2024) stays and falls linearly
+    over the last fifth of all steps. As in Hugging Face's schedules the end would be reached one update after the last,
+    so that no update is wasted at a rate of 0; the first one is not either, since warm-up begins at 1/``warmup_steps``.
     """
     if n <= warmup_steps:
         return peak * n / warmup_steps
@@ -82,6 +83,9 @@ class AdamW:
         weight_decay: float = 0.01,
         seed: int = 0,
     ) -> None:
+        for name, array in arrays.items():
+            if not array.flags.c_contiguous:
+                raise ValueError(f"{name} does not lie in C order, so it cannot be updated in place")
         self.arrays, self.lr, self.betas, self.eps, self.weight_decay, self.seed = arrays, lr, betas, eps, weight_decay, seed
         self.updates = 0
         self.slots = {slot: {name: _zeros_like(array) for name, array in arrays.items()} for slot in self.SLOTS}
@@ -137,10 +141,15 @@ class AdamW:
         return {f"{slot}.{name}": array for slot in self.SLOTS for name, array in self.slots[slot].items()}
 
     def load_state_dict(self, arrays: Mapping[str, Array], updates: int) -> None:
-        """Copy the slots and say how many updates they have seen. Raises CheckpointError for a slot that does not fit."""
-        for name, slot in self.state_dict().items():
-            if name not in arrays or arrays[name].shape != slot.shape:
-                raise CheckpointError(f"the optimizer slot {name} is missing or has another shape than {list(slot.shape)}")
+        """Copy the slots and say how many updates they have seen.
+
+        Raises CheckpointError for a slot that is missing, unknown or of another shape; then nothing was changed.
+        """
+        slots = self.state_dict()
+        for name in sorted(slots.keys() | arrays.keys()):
+            if name not in slots or name not in arrays or arrays[name].shape != slots[name].shape:
+                raise CheckpointError(f"the optimizer slot {name} is missing, unknown, or of another shape")
+        for name, slot in slots.items():
             slot[...] = arrays[name]
         self.updates = updates
 

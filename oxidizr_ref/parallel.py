@@ -110,14 +110,10 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
 
     ``work`` must write only to places that belong to its i. The first exception (lowest i) is raised after all are done.
     """
-    if _threads == 1 or count <= 1 or getattr(_inside_a_tile, "flag", False):
-        for index in range(count):
-            work(index)
-        return
-
     tickets = iter(range(count))  # next() on a range iterator is atomic
     errors: list[tuple[int, BaseException]] = []
     finished: SimpleQueue[None] = SimpleQueue()
+    nested = getattr(_inside_a_tile, "flag", False)
 
     def take_tickets(report: bool) -> int:
         done = 0
@@ -132,22 +128,26 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
                 if report:
                     finished.put(None)
         finally:
-            _inside_a_tile.flag = False
+            _inside_a_tile.flag = nested and not report
         return done
 
-    helpers = min(_threads, count) - 1
-    while len(_workers) < helpers:
-        worker = threading.Thread(target=_work_for_ever, name=f"tiles-{len(_workers)}", daemon=True)
-        _workers.append(worker)
-        worker.start()
-    for _ in range(helpers):
-        # The caller's context (NumPy's error state, no_grad) holds in its tiles, whoever computes them.
-        _jobs.put(functools.partial(contextvars.copy_context().run, take_tickets, True))
+    if count > 1 and not nested:
+        _call_helpers(min(_threads, count) - 1, functools.partial(take_tickets, True))
     # A helper that wakes up late finds no ticket left: only tiles are waited for, not helpers.
-    for _ in range(count - take_tickets(report=False)):
+    for _ in range(count - take_tickets(False)):
         finished.get()
     if errors:
         raise min(errors, key=lambda pair: pair[0])[1]
+
+
+def _call_helpers(count: int, task: Callable[[], object]) -> None:
+    while len(_workers) < count:
+        worker = threading.Thread(target=_work_for_ever, name=f"tiles-{len(_workers)}", daemon=True)
+        _workers.append(worker)
+        worker.start()
+    for _ in range(count):
+        # The caller's context (NumPy's error state, no_grad) holds in its tiles, whoever computes them.
+        _jobs.put(functools.partial(contextvars.copy_context().run, task))
 
 
 # --- how work is cut --------------------------------------------------------------------------------------------------

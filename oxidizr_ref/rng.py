@@ -22,7 +22,8 @@ def words(seed: int, stream: str, name: str, step: int, count: int, start: int =
     """Raw 64-bit words ``start … start+count`` of the stream addressed by (seed, stream, name, step).
 
     The Philox key is the first 128 bits of SHA-256 over seed, stream and name; the 256-bit counter holds the step in
-    its top limb and the block number in its bottom one. Returns uint64 ``[count]``.
+    its top limb and the block number plus one (NumPy steps it before it draws) in its bottom one. Returns uint64
+    ``[count]``.
     """
     key = np.frombuffer(hashlib.sha256(f"{seed}\0{stream}\0{name}".encode()).digest()[:16], dtype="<u8")
     block, lane = divmod(start, _LANES)

@@ -362,9 +362,17 @@ def test_rate_rises_to_the_peak_then_never_rises_and_stays_in_bounds(
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 @pytest.mark.parametrize(("total", "warmup"), [(100, 10), (100, 0), (10, 2), (5, 0)])
-def test_last_update_has_the_minimal_rate(schedule: str, total: int, warmup: int) -> None:
-    # "fall to min_lr_ratio * peak": the last update a run makes is number total_steps.
-    assert rates(schedule, total, warmup, 0.1)[-1] == pytest.approx(0.1, rel=1e-12)
+def test_minimal_rate_is_reached_one_update_after_the_last(schedule: str, total: int, warmup: int) -> None:
+    settings = {"peak": 1.0, "schedule": schedule, "warmup_steps": warmup, "total_steps": total, "min_lr_ratio": 0.1}
+    assert learning_rate(total, **settings) > 0.1
+    assert learning_rate(total + 1, **settings) == pytest.approx(0.1, rel=1e-12)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(100, 10), (7, 3)])
+def test_linear_schedule_is_that_of_hugging_face_after_warm_up(total: int, warmup: int) -> None:
+    # get_linear_schedule_with_warmup: (total - s) / (total - warmup) at the update of index s = n - 1.
+    expected = [(total - (n - 1)) / (total - warmup) for n in range(warmup + 1, total + 1)]
+    assert rates("linear", total, warmup, 0.0)[warmup:] == pytest.approx(expected, rel=1e-12)
 
 
 def test_rates_at_key_points_of_the_linear_and_cosine_schedules() -> None:

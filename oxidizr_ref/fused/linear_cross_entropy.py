@@ -36,8 +36,10 @@ class LinearCrossEntropy(Function):
         dh = xp.empty_like(h) if self.needs[0] else None
         dw = xp.zeros(w.shape, dtype=w.dtype) if self.needs[1] else None
 
-        for i, j in parallel.tiles(h.shape[0], max(FEWEST_TOKENS, LOGITS // w.shape[0])):
-            logits = parallel.matmul(h[i:j], w.T)  # (1)
+        chunks = parallel.tiles(h.shape[0], max(FEWEST_TOKENS, LOGITS // w.shape[0]))
+        buffer = xp.empty((chunks[0][1] if chunks else 0, w.shape[0]), dtype=h.dtype)
+        for i, j in chunks:
+            logits = parallel.matmul(h[i:j], w.T, out=buffer[: j - i])  # (1)
             _softmax_minus_onehot(logits, targets[i:j], losses[i:j])  # (2): logits become dlogits
             if dh is not None:
                 parallel.matmul(logits, w, out=dh[i:j])  # (1) logits = h Wᵀ

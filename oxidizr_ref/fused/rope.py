@@ -10,6 +10,7 @@ position t::
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
         xp.multiply(x2, cos, out=y2)
         y2 += x1 * sin
 
-    parallel.for_tiles(parallel.row_tiles(x.shape[0], x[0].size), sequences)
+    parallel.for_tiles(parallel.row_tiles(x.shape[0], math.prod(x.shape[1:])), sequences)
     return y
 
 
