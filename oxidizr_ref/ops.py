@@ -378,8 +378,7 @@ class TakeAlong(Function):
 # --- the table of names: each is called with tensors first, then the keyword options of the class's forward ------------
 
 exp, log, sqrt, sin, cos = Exp.apply, Log.apply, Sqrt.apply, Sin.apply, Cos.apply
-tanh, sigmoid, softplus = Tanh.apply, Sigmoid.apply, Softplus.apply
-matmul, where = MatMul.apply, Where.apply
+tanh, sigmoid, softplus, matmul, where = Tanh.apply, Sigmoid.apply, Softplus.apply, MatMul.apply, Where.apply
 amax, softmax, log_softmax, cumsum = Max.apply, Softmax.apply, LogSoftmax.apply, CumSum.apply
 reshape, transpose, broadcast_to = Reshape.apply, Transpose.apply, BroadcastTo.apply
 pad, concatenate, lookup, take_along = Pad.apply, Concatenate.apply, Lookup.apply, TakeAlong.apply
