@@ -176,16 +176,37 @@ def product_tiles(extent: int) -> list[Tile]:
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     """``a @ b`` of two matrices, cut along the longer side of the result. Returns ``[m, n]``, C-contiguous or ``out``."""
-    (m, k), n, xp = a.shape, b.shape[1], xp_of(a)
     if out is None:
-        out = xp.empty((m, n), dtype=a.dtype)
-    if m * n * k < SMALL_PRODUCT:
-        xp.matmul(a, b, out=out)
-    elif m >= n:
-        for_tiles(product_tiles(m), lambda i, j: xp.matmul(a[i:j], b, out=out[i:j]))
-    else:
-        for_tiles(product_tiles(n), lambda i, j: xp.matmul(a, b[:, i:j], out=out[:, i:j]))
+        out = xp_of(a).empty((a.shape[0], b.shape[1]), dtype=a.dtype)
+    _run_products(_product_tiles_of(a, b, out))
     return out
+
+
+def matmuls(*pairs: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Several independent products, each as `matmul` does it, in one go: threads are woken once."""
+    outs = tuple(xp_of(a).empty((a.shape[0], b.shape[1]), dtype=a.dtype) for a, b in pairs)
+    _run_products([part for (a, b), out in zip(pairs, outs, strict=True) for part in _product_tiles_of(a, b, out)])
+    return outs
+
+
+Product = tuple[Array, Array, Array]
+
+
+def _product_tiles_of(a: Array, b: Array, out: Array) -> list[Product]:
+    (m, k), n = a.shape, b.shape[1]
+    if m * n * k < SMALL_PRODUCT:
+        return [(a, b, out)]
+    if m >= n:
+        return [(a[i:j], b, out[i:j]) for i, j in product_tiles(m)]
+    return [(a, b[:, i:j], out[:, i:j]) for i, j in product_tiles(n)]
+
+
+def _run_products(products: list[Product]) -> None:
+    def product(index: int) -> None:
+        a, b, out = products[index]
+        xp_of(a).matmul(a, b, out=out)
+
+    for_each(len(products), product)
 
 
 def add_matmul(out: Array, a: Array, b: Array) -> None:

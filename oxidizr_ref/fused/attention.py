@@ -22,7 +22,7 @@ from oxidizr_ref.fused.register import fused
 
 QUERY_BLOCK = 128
 #: Scores of one tile of heads: what one core works on at a time.
-SCORES = 1 << 17
+SCORES = 1 << 16
 
 
 def causal_mask(queries: int, keys: int) -> np.ndarray[Any, Any]:

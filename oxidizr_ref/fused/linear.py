@@ -30,9 +30,8 @@ class Linear(Function):
         shape = dy.shape[:-1]
         dy = dy.reshape(-1, dy.shape[-1])
         # y = x Wᵀ
-        dx = parallel.matmul(dy, to_compute(self.weight)) if self.needs[0] else None
-        dweight = parallel.matmul(dy.T, self.x) if self.needs[1] else None
-        return None if dx is None else dx.reshape(*shape, self.x.shape[1]), dweight
+        dx, dweight = parallel.matmuls((dy, to_compute(self.weight)), (dy.T, self.x))
+        return dx.reshape(*shape, self.x.shape[1]), dweight
 
 
 @fused(linear_ref)

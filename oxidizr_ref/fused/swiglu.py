@@ -55,12 +55,7 @@ class SwiGLU(Function):
 
         parallel.for_tiles(parallel.product_tiles(x.shape[0]), rows)
         dgate, dup = gate, up
-        return (
-            dx.reshape(*shape[:-1], x.shape[1]),
-            parallel.matmul(dgate.T, x),
-            parallel.matmul(dup.T, x),
-            parallel.matmul(dy.T, activation),
-        )
+        return (dx.reshape(*shape[:-1], x.shape[1]), *parallel.matmuls((dgate.T, x), (dup.T, x), (dy.T, activation)))
 
 
 def _activation(gate: Array, up: Array) -> Array:
