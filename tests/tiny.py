@@ -303,7 +303,7 @@ def edit_json(metadata: dict[str, str], key: str, **changes: Any) -> None:
 
 # --- how work was cut -------------------------------------------------------------------------------------------------
 
-_CUTTERS = {"tiles", "row_tiles", "product_tiles", "for_each", "for_tiles", "matmul", "add_matmul"}
+_CUTTERS = {"tiles", "row_tiles", "product_tiles", "for_each", "for_tiles", "matmul", "matmuls", "add_matmul"}
 
 
 def tiled_functions() -> set[str]:
