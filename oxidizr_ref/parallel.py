@@ -184,6 +184,8 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 def matmuls(*pairs: tuple[Array, Array]) -> tuple[Array, ...]:
     """Several independent products, each as `matmul` does it, in one go: threads are woken once."""
+    if all(a.shape[0] * a.shape[1] * b.shape[1] < SMALL_PRODUCT for a, b in pairs):
+        return tuple(matmul(a, b) for a, b in pairs)
     outs = tuple(xp_of(a).empty((a.shape[0], b.shape[1]), dtype=a.dtype) for a, b in pairs)
     _run_products([part for (a, b), out in zip(pairs, outs, strict=True) for part in _product_tiles_of(a, b, out)])
     return outs
