@@ -98,7 +98,7 @@ class TokenStream:
         for source, begin in zip(self.sources, self._begins, strict=False):  # _begins has the stream's end as well
             for low in range(0, source.tokens.size, _CHUNK_TOKENS):
                 chunk = source.tokens[low : low + _CHUNK_TOKENS]
-                if int(chunk.max()) >= vocab_size:
+                if int(np.max(chunk)) >= vocab_size:
                     first = int(np.argmax(chunk >= vocab_size))
                     place = f"token id {chunk[first]} at position {begin + low + first} of the stream"
                     raise DataError(
