@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -328,6 +328,35 @@ def test_a_kill_at_any_rename_while_a_branch_is_moved_never_lets_auto_jump_back(
     moves = [name for name in renamed if "superseded" in name]
     assert len(renamed) < fatal and len(moves) == 2, "it came beyond all renames"
     assert renamed.index("run.json") < renamed.index(moves[0]), "noted before it is done"
+
+
+def test_a_kill_at_any_rename_while_a_backup_begins_a_branch_never_loses_it(
+    copied: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above with a backup of another run: from the note on, its step_20 is what auto continues, however often it dies."""
+    other_rate = ("--set", "trainer.learning_rate=2e-2")
+    other = copied.into("other")
+    assert other.train(*other_rate, "--max-steps", 20) == 0
+    backup = other.path(20).rename(copied.root / "backup")
+    pristine = tmp_path / "pristine"
+    copied.directory.rename(pristine)
+    for fatal in range(20):
+        for again in (None, 0, 1, 2, 3, 4):  # the rename that is fatal to the recovery, too
+            shutil.copytree(pristine, copied.directory)
+            with _dying_at_rename(fatal, copied.directory) as renamed, tiny.killed_after_step(21):
+                copied.train("--resume", backup, *other_rate)
+            noted = "run.json" in renamed
+            if again is not None:
+                with suppress(tiny.Killed), _dying_at_rename(again, copied.directory):
+                    copied.train("--resume", "auto", *other_rate, "--max-steps", 20)
+            capsys.readouterr()
+            assert copied.train("--resume", "auto", *other_rate, "--max-steps", 22) == 0
+            assert first_step_of(capsys.readouterr().err) == (20 if noted else 40), (fatal, again, renamed)
+            assert not noted or tiny.sha256(copied.path(20)) == tiny.sha256(backup)
+            shutil.rmtree(copied.directory)
+        if len(renamed) < fatal:
+            break
+    assert len(renamed) < fatal, "it came beyond all renames"
 
 
 @contextmanager

@@ -184,8 +184,9 @@ class CheckpointStore:
         into = self.directory / "superseded" / task["into"]
         into.mkdir(parents=True, exist_ok=True)
         for step in task["steps"]:
-            if self.path(step).exists():
-                os.replace(self.path(step), into / self.path(step).name)
+            moved = into / self.path(step).name
+            if self.path(step).exists() and not moved.exists():  # moved already: what is here now is the new branch's
+                os.replace(self.path(step), moved)
         if (self.directory / _INCOMING).exists():
             os.replace(self.directory / _INCOMING, self.path(task["progress"]))
         self._cut_metrics(task["progress"], into / "metrics.jsonl")
