@@ -34,7 +34,7 @@ __all__ = [
 _HOME = {
     "AdamW": "optim",
     "LanguageModel": "model",
-    "Tensor": "autograd",
+    "Tensor": "ops",  # which attaches the operators
     "Trainer": "trainer",
     "load_config": "config",
     "no_grad": "autograd",

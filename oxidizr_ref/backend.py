@@ -56,8 +56,8 @@ def owned(x: Array) -> Array:
     return xp_of(x).array(x, order="C", copy=True)
 
 
-def resolve_device(preference: str, *, demanded: bool) -> str:
-    """``"cpu"`` or ``"gpu"`` for a wish of either; a wish that is not ``demanded`` falls back to the CPU.
+def resolve_device(preference: str, *, demanded_by: str | None = None) -> str:
+    """``"cpu"`` or ``"gpu"`` for a wish of either; a wish that no flag (``demanded_by``) demands falls back to the CPU.
 
     Raises DeviceError when a GPU is demanded and CuPy, the driver or a device is missing.
     """
@@ -66,8 +66,8 @@ def resolve_device(preference: str, *, demanded: bool) -> str:
     why = _why_no_gpu()
     if why is None:
         return "gpu"
-    if demanded:
-        raise DeviceError(f"--target-device gpu: {why}; use --target-device cpu")
+    if demanded_by is not None:
+        raise DeviceError(f"{demanded_by}: {why}; train on the CPU without it")
     return "cpu"
 
 

@@ -82,7 +82,7 @@ class TokenStream:
     def digest(self) -> str:
         """SHA-256 (hex) of the SHA-256s of the stream's little-endian u32 bytes in chunks of 4 MiB.
 
-        It sees tokens only: a text and the ``.bin`` made of it, or one file and its halves, have the same digest.
+        It sees tokens only: a text and the ``.bin`` made of it, or the same tokens in several parts, have one digest.
         All cores hash; the chunks and their order are the stream's, so the digest does not depend on the cores.
         """
 

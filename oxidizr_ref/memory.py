@@ -32,12 +32,12 @@ class MemoryEstimate:
         return parts + _INTERPRETER_BYTES
 
 
-def estimate_memory(config: Config, model: LanguageModel) -> MemoryEstimate:
-    """The peak memory of a training step, in bytes."""
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """The peak memory of a training step, in bytes, from shapes alone: nothing is allocated."""
     m, t = config.model, config.trainer
     storage = STORAGE_DTYPES[m.dtype]
     compute_bytes = compute_dtype(storage).itemsize
-    count = model.num_parameters()
+    count = LanguageModel(m, seed=None).num_parameters()
     # While a micro-batch runs, the gradient tree holds a partial sum for every set bit of the number already done.
     partial_sums = max(done.bit_count() for done in range(t.gradient_accumulation))
     tokens = t.batch_size * m.max_seq_len

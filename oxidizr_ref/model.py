@@ -16,7 +16,7 @@ from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.linear_cross_entropy import linear_cross_entropy
 from oxidizr_ref.layers.attention import GroupedQueryAttention
 from oxidizr_ref.layers.feed_forward import SwiGLU
-from oxidizr_ref.nn import Embedding, Linear, Module, RMSNorm
+from oxidizr_ref.nn import Embedding, Linear, Module, RMSNorm, check_ids
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
 INIT_STD = 0.02
@@ -41,10 +41,11 @@ class Block(Module):
 class LanguageModel(Module):
     """A causal language model over token ids.
 
-    Shapes: B batch, T time, D hidden, V vocabulary. Raises ConfigError for a config this version cannot build.
+    Shapes: B batch, T time, D hidden, V vocabulary. With ``seed=None`` the parameters know their shapes and hold nothing.
+    Raises ConfigError for a config this version cannot build.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         _refuse_what_is_not_built_yet(config)
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, INIT_STD)
@@ -52,7 +53,8 @@ class LanguageModel(Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
-        self.initialize(seed, STORAGE_DTYPES[config.dtype])
+        if seed is not None:
+            self.initialize(seed, STORAGE_DTYPES[config.dtype])
 
     def hidden(self, tokens: Array) -> Tensor:
         """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``."""
@@ -72,7 +74,13 @@ class LanguageModel(Module):
 
         tokens, targets: int ``[B,T]``. With gradient accumulation ``token_count`` is the whole step's, so that the
         micro-batches' losses and gradients simply add up. The full logits are never formed. Returns a scalar.
+
+        Raises DataError for targets of another shape than the tokens, or outside the vocabulary.
         """
+        tokens, targets = (ids if hasattr(ids, "shape") else np.asarray(ids) for ids in (tokens, targets))
+        if targets.shape != tokens.shape:
+            raise DataError(f"targets have shape {list(targets.shape)}, but the tokens {list(tokens.shape)}")
+        check_ids(targets, self.config.vocab_size, "target")
         count = float(tokens.size if token_count is None else token_count)
         return linear_cross_entropy(self.hidden(tokens), self._output_weight(), targets, count)
 

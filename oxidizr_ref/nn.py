@@ -102,6 +102,16 @@ class Linear(Module):
         return linear(x, self.weight)
 
 
+def check_ids(ids: Array, vocab_size: int, what: str) -> None:
+    """Raise DataError naming an id outside [0, vocab_size).
+
+    Checked on the host only: on a device the check would wait for it, and data.py has checked every id already.
+    """
+    if xp_of(ids) is np and ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise DataError(f"{what} id {worst} is outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")
+
+
 class Embedding(Module):
     """A row of numbers for every token id, weight ``[vocab, width]``."""
 
@@ -110,11 +120,7 @@ class Embedding(Module):
 
     def __call__(self, ids: Array) -> Tensor:
         """ids: int ``[...]``. Returns ``[..., width]``. Raises DataError for an id outside the vocabulary."""
-        vocab_size = self.weight.shape[0]
-        # Checked on the host only: on a device the check would wait for it, and data.py has checked every id already.
-        if xp_of(ids) is np and ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-            worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            raise DataError(f"token id {worst} is outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")
+        check_ids(ids, self.weight.shape[0], "token")
         return ops.lookup(self.weight, ids=ids)
 
 

@@ -20,12 +20,10 @@ Axes: TypeAlias = int | tuple[int, ...] | None
 
 
 def as_tensor(value: Operand, like: Tensor) -> Tensor:
-    """``value`` as a tensor: an array as it is, a number as a 0-d tensor in the compute dtype (and device) of ``like``."""
+    """``value`` itself, or an array or number as a tensor in the compute dtype (and on the device) of ``like``."""
     if isinstance(value, Tensor):
         return value
-    if hasattr(value, "shape") and value.shape != ():
-        return Tensor(value)
-    if not isinstance(value, int | float | np.number):
+    if not isinstance(value, int | float | np.number | type(like.data)):
         raise TypeError(f"expected a tensor or a number, found {type(value).__name__}")
     return Tensor(xp_of(like.data).asarray(value, dtype=compute_dtype(like.dtype)))
 

@@ -67,7 +67,7 @@ def learning_rate(n: int, *, peak: float, schedule: str, warmup_steps: int, tota
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
-    ``arrays`` are the live parameters by name, changed in place. The moments are kept in the compute dtype. bf16
+    ``arrays`` are the live parameters by name, changed in place. The moments are kept in the compute dtype. bf16 and f16
     parameters are updated in float32 and rounded stochastically: rounding to nearest would lose every update below half a
     unit in the last place (Zamirai et al. 2020); the random bits are addressed by (seed, name, update, element).
     """
@@ -128,13 +128,8 @@ class AdamW:
             p *= 1 - lr * self.weight_decay
         p -= update
         if p is not stored:
-            stored[...] = self._round_stochastically(p, name, i) if stored.dtype == _BF16 else p.astype(stored.dtype)
-
-    def _round_stochastically(self, p: Array, name: str, start: int) -> Array:
-        """float32 to bf16: add 16 random bits below the last one kept, then cut (so that the expectation is ``p``)."""
-        words = rng.words(self.seed, "rounding", name, self.updates, -(-len(p) // 4), start // 4)
-        bits = p.view(np.uint32) + to_device(words.view("<u2")[: len(p)], p)
-        return (bits >> 16).astype(np.uint16).view(_BF16)
+            words = rng.words(self.seed, "rounding", name, n, -(-len(p) // 4), i // 4)
+            stored[...] = _ROUND[stored.dtype](p, to_device(words.view("<u2")[: len(p)], p))
 
     def state_dict(self) -> dict[str, Array]:
         """The live arrays of all slots, named ``<slot>.<parameter>``."""
@@ -152,6 +147,35 @@ class AdamW:
         for name, slot in slots.items():
             slot[...] = arrays[name]
         self.updates = updates
+
+
+def _round_to_bf16(p: Array, random: Array) -> Array:
+    """Float32 to bf16, of expectation ``p``: add 16 random bits below the last one kept, then cut."""
+    return ((p.view(np.uint32) + random) >> 16).astype(np.uint16).view(_BF16)
+
+
+def _round_to_f16(p: Array, random: Array) -> Array:
+    """Float32 to f16, of expectation ``p``: 13 random bits likewise; below 2⁻¹⁴ f16 numbers are 2⁻²⁴ apart."""
+    cut = ((p.view(np.uint32) + (random >> 3)) & np.uint32(0xFFFFE000)).view(np.float32)
+    shaken = p + (random * np.float32(2.0**-16) - np.float32(0.5)) * np.float32(2.0**-24)
+    return xp_of(p).where(abs(p) < 2.0**-14, shaken, cut).astype(np.float16)
+
+
+_ROUND = {_BF16: _round_to_bf16, np.dtype(np.float16): _round_to_f16}
+
+
+def first_not_finite(arrays: Mapping[str, Array]) -> str | None:
+    """The first name, in name order, whose array holds a NaN or an infinity; None where all are finite."""
+    pieces = _pieces(arrays)
+    finite = [True] * len(pieces)
+
+    def check(index: int) -> None:
+        name, i, j = pieces[index]
+        tile = arrays[name].reshape(-1)[i:j]
+        finite[index] = bool(xp_of(tile).isfinite(tile).all())
+
+    parallel.for_each(len(pieces), check)
+    return next((pieces[index][0] for index, whole in enumerate(finite) if not whole), None)
 
 
 def _zeros_like(array: Array) -> Array:

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ class Outcome:
     eval_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: the tokens, the tokenizer that made them, and the windows they are cut into."""
+
+    stream: TokenStream
+    tokenizer: Tokenizer
+    windows: Windows
+
+
+def open_data(config: Config) -> TrainingData:
+    """The data that a config names, checked against it. Raises DataError for what cannot be trained on."""
+    m, t = config.model, config.trainer
+    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
+    stream, tokenizer = open_stream(paths, config.data.tokenizer, vocab_size=m.vocab_size, seed=t.seed)
+    stream.check_vocabulary(m.vocab_size)
+    return TrainingData(stream, tokenizer, Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle))
+
+
 class _Stopped(Exception):  # noqa: N818 - a wish, not an error
     """Raised between micro-batches to discard a partial step."""
 
@@ -92,7 +111,7 @@ class Trainer:
         self,
         config: Config,
         model: LanguageModel,
-        data: tuple[TokenStream, Tokenizer] | None = None,
+        data: TrainingData | None = None,
         options: RunOptions | None = None,
         reporter: Reporter | None = None,
         device: str = "cpu",
@@ -100,10 +119,9 @@ class Trainer:
         t = config.trainer
         self.config, self.model, self.device = config, model, device
         self.options, self.reporter = options or RunOptions(), reporter or Reporter()
-        self.stream, self.tokenizer = data or open_data(config)
-        self.stream.check_vocabulary(config.model.vocab_size)
-        self._data_identity = {"digest": self.stream.digest(), "tokens": len(self.stream)}
-        self.windows = Windows(self.stream, config.model.max_seq_len, t.eval_fraction, t.seed, t.shuffle)
+        data = data or open_data(config)
+        self.tokenizer, self.windows = data.tokenizer, data.windows
+        self._data_identity = {"digest": data.stream.digest(), "tokens": len(data.stream)}
         self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
         self.store = CheckpointStore(Path(t.checkpoint_dir), t.max_checkpoints)
         self.windows_a_step = t.batch_size * t.gradient_accumulation
@@ -116,6 +134,7 @@ class Trainer:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")  # what overflows shows in the loss or the norm, and is told in one line
     def train_step(self, batches: Iterator[Batch], signals: Signals | None = None) -> Record:
         """One optimizer step over ``gradient_accumulation`` micro-batches. Returns the step's metrics.
 
@@ -124,18 +143,18 @@ class Trainer:
         t, n = self.config.trainer, self.step + 1
         losses: parallel.TreeCounter[float] = parallel.TreeCounter()
         gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
-        with np.errstate(all="ignore"):  # what overflows shows in the norm, and is told in one line
-            for _ in range(t.gradient_accumulation):
-                tokens, targets = next(batches)
-                loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
-                loss.backward()
-                losses.push(loss.item())
-                gradients.push(self._take_gradients())
-                if signals is not None and signals.stop is not None:
-                    raise _Stopped
-            total, summed = losses.total(), gradients.total()
-            norm = optim.global_norm(summed)
-        self._must_be_finite(n, total, norm)
+        for _ in range(t.gradient_accumulation):
+            tokens, targets = next(batches)
+            loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
+            loss.backward()
+            losses.push(loss.item())
+            gradients.push(self._take_gradients())
+            if signals is not None and signals.stop is not None:
+                raise _Stopped
+        total, summed = losses.total(), gradients.total()
+        self._must_be_finite(n, "the loss", total)
+        norm = optim.global_norm(summed)
+        self._must_be_finite(n, "the gradient norm", norm)
         lr = self.learning_rate(n)
         self.optimizer.step(summed, lr, optim.clip_factor(norm, t.max_grad_norm))
         self.step = n
@@ -168,27 +187,46 @@ class Trainer:
         self.model.zero_grad()
         return taken
 
-    def _must_be_finite(self, n: int, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _must_be_finite(self, n: int, what: str, value: float) -> None:
+        if math.isfinite(value):
             return
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         steps = self.store.steps()
         last = f"the last good file is {self.store.path(steps[-1])}" if steps else "no checkpoint was saved before it"
         advice = "try a lower learning_rate, a longer warmup_steps, a smaller max_grad_norm, or --dtype f32"
-        raise TrainingError(f"step {n}: {what}; this step was not applied and not saved, {last}; {advice}")
+        raise TrainingError(f"step {n}: {what} is {value}; this state is not saved, {last}; {advice}")
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> Outcome:
-        """Train to the end, from where the options say, saving on the way. Returns how it ended."""
-        self._start()
-        if self.step >= self.total_steps:
-            self.reporter.notice(f"finished: {self.step} of {self.total_steps} steps are done; a larger --max-steps goes on")
-            return self._finish()
-        self.reporter.begin(self)
+    def fit(self, signals: Signals | None = None) -> Outcome:
+        """Train to the end, from where the options say, saving on the way. Returns how it ended.
+
+        ``signals``: those the caller listens to already; without them this method listens itself.
+        """
+        with nullcontext(signals) if signals is not None else Signals() as heard:
+            self._start()
+            if self.step < self.total_steps:
+                self.reporter.begin(self)
+                self._train(heard)
+            else:
+                of = f"{self.step} of {self.total_steps} steps are done"
+                self.reporter.notice(f"finished: {of}; a larger --max-steps goes on")
+            where = f"after step {self.step}, which is saved" if self.step else "before the first step was done"
+            if heard.stop is not None:
+                self.reporter.notice(f"stopped by {signal.Signals(heard.stop).name} {where}")
+                return Outcome(stopped_by=heard.stop)
+            if self.step < self.total_steps:
+                self.reporter.notice(f"time limit reached {where}")
+                return Outcome()
+            eval_loss = self.evaluate()
+            if eval_loss is not None:
+                self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
+            return Outcome(heard.stop, eval_loss)
+
+    def _train(self, signals: Signals) -> None:
+        """Step after step, until the last one, a signal or the time limit; then save what is not saved."""
         began = time.monotonic()
-        with Signals() as signals, self._batches() as batches:
-            while self.step < self.total_steps and not self._time_is_up(began):
+        with self._batches() as batches:
+            while self.step < self.total_steps and signals.stop is None and not self._time_is_up(began):
                 started = time.perf_counter()
                 try:
                     record = self.train_step(batches, signals)
@@ -196,24 +234,9 @@ class Trainer:
                     break
                 self._seconds.append(time.perf_counter() - started)
                 self._after_step(record, signals)
-                if signals.stop is not None:
-                    break
             self._save()
-        where = f"after step {self.step}, which is saved" if self.step else "before the first step was done"
-        if signals.stop is not None:
-            self.reporter.notice(f"stopped by {signal.Signals(signals.stop).name} {where}")
-            return Outcome(stopped_by=signals.stop)
-        if self.step < self.total_steps:
-            self.reporter.notice(f"time limit reached {where}")
-            return Outcome()
-        return self._finish()
 
-    def _finish(self) -> Outcome:
-        eval_loss = self.evaluate()
-        if eval_loss is not None:
-            self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
-        return Outcome(eval_loss=eval_loss)
-
+    @np.errstate(all="ignore")
     def evaluate(self) -> float | None:
         """Mean cross-entropy (nats a token) over all held-out windows; None when nothing is held out."""
         count, size = self.windows.eval_windows, self.config.trainer.batch_size
@@ -224,7 +247,9 @@ class Trainer:
             for index in range(-(-count // size)):
                 tokens, targets = self.windows.eval_batch(index, size)
                 sums.push(self.model.loss(tokens, targets, token_count=1).item())
-        return sums.total() / (count * self.windows.seq_len)
+        mean = sums.total() / (count * self.windows.seq_len)
+        self._must_be_finite(self.step, "the held-out loss", mean)
+        return mean
 
     def _after_step(self, record: Record, signals: Signals) -> None:
         t = self.config.trainer
@@ -239,13 +264,16 @@ class Trainer:
             self._seconds.clear()
         self.reporter.step(record, logged)
         asked = self.store.directory / "SAVE"
-        if self.step % t.save_interval == 0 or signals.save or asked.exists():
+        if self.step % t.save_interval == 0 or signals.save or asked.is_file():
             self._save()
             signals.save = False
-            asked.unlink(missing_ok=True)
+            if asked.is_file():
+                asked.unlink()
 
     def _save(self) -> None:
         if self.step not in (0, self._saved_step):
+            bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
+            self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
             tensors, metadata = state.to_file(self._state())
             self.reporter.saved(self.store.save(self.step, tensors, metadata))
             self._saved_step = self.step
@@ -321,12 +349,6 @@ class Trainer:
         self.model.load_state_dict(saved.weights)
         self.lineage = [*saved.lineage, {"init_from": saved.origin()}]
         self.reporter.notice(f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0")
-
-
-def open_data(config: Config) -> tuple[TokenStream, Tokenizer]:
-    """The token stream and tokenizer that a config names."""
-    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
-    return open_stream(paths, config.data.tokenizer, vocab_size=config.model.vocab_size, seed=config.trainer.seed)
 
 
 def _add_gradients(a: Mapping[str, Array], b: Mapping[str, Array]) -> Gradients:

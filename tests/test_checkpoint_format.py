@@ -211,7 +211,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_found(tmp_path: Path, monkeypat
         return read(*arguments)
 
     monkeypatch.setattr(format, "_read_tensor", cut_first)
-    with pytest.raises(CheckpointError, match="ended while it was read"):
+    with pytest.raises(CheckpointError, match="ended while tensor x was read"):
         format.load(path)
 
 

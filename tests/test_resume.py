@@ -758,7 +758,7 @@ def test_a_nan_stops_the_run_names_the_last_good_file_and_saves_nothing(
     with mock.patch.object(LanguageModel, "loss", poisoned):
         assert again.train() == 1
     message = error_of(capsys)
-    assert "step 21: loss nan" in message and str(again.path(20)) in message and "learning_rate" in message
+    assert "step 21: the loss is nan" in message and str(again.path(20)) in message and "learning_rate" in message
     assert tiny.step_files(again.directory) == {step: tiny.sha256(done.path(step)) for step in (10, 20)}
     assert [line["step"] for line in again.metrics()] == list(range(1, 21))
     assert again.train("--resume", "auto") == 0
@@ -772,7 +772,7 @@ def test_an_infinite_gradient_stops_the_run_before_the_first_file(
     with mock.patch("oxidizr_ref.optim.global_norm", lambda _: float("inf")):
         assert run.train() == 1
     message = error_of(capsys)
-    assert "step 1: gradient norm inf" in message and "no checkpoint was saved before it" in message
+    assert "step 1: the gradient norm is inf" in message and "no checkpoint was saved before it" in message
     assert run.steps() == []
 
 

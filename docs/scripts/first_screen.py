@@ -18,7 +18,6 @@ import numpy as np
 from trigram import trigram_loss
 
 from oxidizr_ref.config import load_config
-from oxidizr_ref.data import Windows
 from oxidizr_ref.trainer import open_data
 
 PICTURE = Path(__file__).parents[1] / "images" / "nano-start-loss.png"
@@ -27,11 +26,10 @@ PICTURE = Path(__file__).parents[1] / "images" / "nano-start-loss.png"
 def main() -> None:
     """Train, count, compare, draw."""
     config = load_config("nano-start")
-    stream, _ = open_data(config)
-    ids = stream.read(0, len(stream)).astype(np.int64)
+    data = open_data(config)
+    ids = data.stream.read(0, len(data.stream)).astype(np.int64)
     held_out = int(len(ids) * config.trainer.eval_fraction)
-    windows = Windows(stream, config.model.max_seq_len, config.trainer.eval_fraction)
-    scored = windows.eval_windows * windows.seq_len  # the ragged tail is scored by neither
+    scored = data.windows.eval_windows * data.windows.seq_len  # the ragged tail is scored by neither
     # The two tokens before the first held-out target are its context, so that both models score the same tokens.
     trigram = trigram_loss(ids[:-held_out], ids[len(ids) - held_out - 1 :][: scored + 2], config.model.vocab_size)
 

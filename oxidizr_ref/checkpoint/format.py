@@ -229,7 +229,7 @@ def _read_tensor(file: BinaryIO, entry: _Entry, payload_start: int) -> HostArray
     file.seek(payload_start + entry.begin)
     view = _bytes_of(array)
     if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
-        raise CheckpointError(f"tensor {entry.name}: the file ended while it was read")
+        raise CheckpointError(f"{file.name}: the file ended while tensor {entry.name} was read")
     return array
 
 

@@ -143,10 +143,11 @@ def continue_from(
         ("data", _identity(saved) != _identity(here), _describe_data(saved, here)),
     ):
         if differs and kind not in allow:
-            raise MismatchError(f"the checkpoint was made with other {kind}: {what}; --allow-mismatch {kind} accepts it")
+            way = "give its own with -d FILE, or accept it with" if kind == "data" else "accept it with"
+            raise MismatchError(f"the checkpoint was made with other {kind}: {what}; {way} --allow-mismatch {kind}")
         if differs:
             notices.append(f"going on with other {kind}: {what}")
-    rest = _changes(changed, "trainer.", "model.name", but="trainer.seed")
+    rest = _changes(changed, "trainer.", but="trainer.seed")
     if rest:
         notices.append(f"config changed at step {saved.step}: {rest}")
     machine = _machine_changes(saved.fingerprint, here.fingerprint)
@@ -161,7 +162,7 @@ def continue_from(
 
 
 def _refuse_another_model(changed: list[tuple[str, Any, Any]]) -> None:
-    shape = [c for c in changed if c[0].startswith("model.") and c[0] not in ("model.name", "model.dtype")]
+    shape = [c for c in changed if c[0].startswith("model.") and c[0] != "model.dtype"]
     if shape:
         raise MismatchError(f"the checkpoint holds another model: {_changes(shape, 'model.')}; resume with its own config")
 

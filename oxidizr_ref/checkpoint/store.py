@@ -47,7 +47,7 @@ class CheckpointStore:
         if not self.directory.is_dir():
             return []
         try:
-            names = [entry.name for entry in self.directory.iterdir()]
+            names = [entry.name for entry in self.directory.iterdir() if entry.is_file()]
         except OSError as error:
             raise self._unusable(error) from error
         return sorted(int(match[1]) for match in map(_STEP_FILE.fullmatch, names) if match)
@@ -93,6 +93,7 @@ class CheckpointStore:
 
     def open(self, config: Mapping[str, Any]) -> None:
         """Make the directory, clear away what a killed writer left, note the config. Raises UsageError if it cannot."""
+        self._finish_what_was_interrupted()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for entry in sorted(self.directory.iterdir()):
@@ -105,15 +106,21 @@ class CheckpointStore:
     def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
         """Write the file of one step, metrics first, then let go of the oldest beyond ``keep``.
 
-        Raises CheckpointError when a sound file of this step is there and holds other bytes: determinism was broken.
+        Raises CheckpointError when it cannot be written, and when a sound file of this step is there and holds other bytes:
+        determinism was broken.
         """
-        self._sync_metrics()
         path = self.path(step)
-        if path.exists():
-            self._must_be_equal(path, format.encode_header(tensors, metadata))
-        else:
-            format.save(path, tensors, metadata)
-        self._prune(step)
+        try:
+            self._sync_metrics()
+            if path.exists():
+                self._must_be_equal(path, format.encode_header(tensors, metadata))
+            else:
+                format.save(path, tensors, metadata)
+            self._prune(step)
+        except OSError as error:
+            advice = "free some space, or use a larger save_interval, fewer --max-checkpoints or --dtype bf16"
+            reason = error.strerror or error
+            raise CheckpointError(f"{path}: cannot be written ({reason}); earlier files are whole; {advice}") from error
         return path
 
     def _must_be_equal(self, path: Path, header: bytes) -> None:
@@ -178,7 +185,10 @@ class CheckpointStore:
         note = self.directory / "run.json"
         if not note.is_file():
             return
-        task = json.loads(note.read_text(encoding="utf-8")).get("superseding")
+        try:
+            task = json.loads(note.read_text(encoding="utf-8"))["superseding"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{note}: is damaged; if no run was going back to an earlier step, delete it") from error
         if task is None:
             return
         into = self.directory / "superseded" / task["into"]
@@ -201,8 +211,11 @@ class CheckpointStore:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        with open(self._metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            with open(self._metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self._metrics}: cannot be written ({error.strerror or error})") from error
 
     def _sync_metrics(self) -> None:
         """Lines of a step are on the disk before the file of that step appears."""

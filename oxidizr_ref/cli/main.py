@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 from typer.exceptions import TyperException
 
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.train import train
-from oxidizr_ref.errors import OxidizrError
+from oxidizr_ref.errors import ConfigError, OxidizrError
 from oxidizr_ref.version import __version__
 
 app = typer.Typer(
@@ -47,37 +48,35 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    debug = "--debug" in arguments
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except TyperException as error:  # unknown commands and options, values of the wrong type
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Print what is wrong, in a line (a config may have several), and return the exit code."""
+    if isinstance(error, TyperException):  # unknown commands and options, values of the wrong type
         return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
+    if isinstance(error, typer.Abort | KeyboardInterrupt):
         return _fail("interrupted; checkpoints written before are whole", 130)
-    except OxidizrError as error:
-        if debug:
-            raise
+    if isinstance(error, ConfigError):
+        return max(_fail(line, error.exit_code) for line in str(error).splitlines())
+    if isinstance(error, OxidizrError):
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         sys.stdout = sys.stderr = None  # whoever read our output is gone
         return 1
-    except OSError as error:
-        if debug:
-            raise
+    if isinstance(error, OSError):
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; files saved before are whole", 1)
-    except MemoryError as error:
-        if debug:
-            raise
-        return _fail(f"out of memory ({error}); use a smaller --batch-size or --seq-len; checkpoints are whole", 1)
-    except Exception as error:
-        if debug:
-            raise
-        what = " ".join(str(error).split())
-        return _fail(f"{type(error).__name__}: {what} (unexpected; --debug shows where)", 1)
+    if isinstance(error, MemoryError):
+        return _fail(f"out of memory ({error}); use a smaller model, --batch-size or --seq-len; checkpoints are whole", 1)
+    return _fail(f"{type(error).__name__}: {error} (unexpected; --debug shows where)", 1)
 
 
 def _fail(message: str, code: int) -> int:
-    for line in message.splitlines() or [""]:
-        print(f"error: {line}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from oxidizr_ref.checkpoint import format
+from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.errors import OxidizrError
 from oxidizr_ref.fingerprint import fingerprint
 
@@ -43,25 +44,33 @@ def _command(directory: Path, *extra: str) -> list[str]:
     return [*start, *run, "--checkpoint-dir", str(directory), *settings, *extra]
 
 
-def _train(directory: Path, *extra: str) -> None:
+def _train(directory: Path, *extra: str, resumed_at: int = 0) -> None:
+    """Train to the end, and make sure that it began where it should: starting at 0 would give the right bytes, too."""
     done = subprocess.run(_command(directory, *extra), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OxidizrError(f"selftest: training ended with exit code {done.returncode}: {done.stderr.strip()}")
+    if f"at step {resumed_at}\n" not in done.stderr:
+        raise OxidizrError(f"selftest: the last run did not continue at step {resumed_at}: {done.stderr.strip()}")
 
 
 def _train_with_kills(directory: Path) -> int:
     """SIGKILL the run as soon as each step file but the last appears; then let it finish. Returns the number of kills."""
-    kills = 0
+    last = 0
     for step in range(_EVERY, _STEPS, _EVERY):
-        process = subprocess.Popen(_command(directory, "--threads", "3"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            _command(directory, "--threads", "3"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not (directory / f"step_{step}.safetensors").exists():
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.communicate()
-    _train(directory, "--threads", "3")
-    return kills
+            time.sleep(0.002)
+        if process.poll() is not None:
+            raise OxidizrError(
+                f"selftest: the run to be killed at step {step} ended before (exit code {process.returncode})"
+            )
+        process.kill()
+        process.wait()
+        last = max(CheckpointStore(directory).steps())
+    _train(directory, "--threads", "3", resumed_at=last)
+    return _STEPS // _EVERY - 1
 
 
 def _compare(whole: Path, broken: Path) -> None:

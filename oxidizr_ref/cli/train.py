@@ -22,7 +22,8 @@ from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.memory import MemoryEstimate, available_bytes, estimate_memory
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.sampling import sample_tokens
-from oxidizr_ref.trainer import Reporter, RunOptions, Trainer
+from oxidizr_ref.signals import Signals
+from oxidizr_ref.trainer import Reporter, RunOptions, Trainer, open_data
 
 DEFAULT_CONFIG = "nano-start"
 _SAMPLE_TOKENS = 300
@@ -126,15 +127,17 @@ def train(
         str | None, typer.Option(metavar="0,1", help="Devices to train on, data-parallel.", rich_help_panel=_RUN)
     ] = None,
     sync_backend: Annotated[
-        SyncBackend, typer.Option(help="How --gpus add up gradients.", rich_help_panel=_RUN)
-    ] = SyncBackend.cpu,
+        SyncBackend | None, typer.Option(help="How --gpus add up gradients.", rich_help_panel=_RUN)
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_RUN)] = False,
 ) -> int:
     """Train a model, saving checkpoints from which training continues to the same bits.
 
     SIGINT and SIGTERM save and end; SIGUSR1, or a file named SAVE in the checkpoint directory, saves and goes on.
     """
-    del debug, sync_backend  # read by main; only meant together with --gpus
+    del debug  # read by main
+    if sync_backend is not None and gpus is None:
+        raise UsageError("--sync-backend says how several --gpus add up gradients; give --gpus with it")
     flags = _as_overrides(
         {
             "--seq-len": ("model.max_seq_len", seq_len),
@@ -153,7 +156,8 @@ def train(
     _check_usage(resume, init_from, overwrite, allow_mismatch or [])
     run_config = _config(config, resume, settings or [], flags)
     reporter = make_reporter(headless)
-    device = _device(run_config, demanded=target_device is Device.gpu or gpus is not None, reporter=reporter)
+    demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
+    device = _device(run_config, demanded_by, reporter)
     if threads is not None:
         parallel.set_threads(threads)
     options = RunOptions(
@@ -169,20 +173,23 @@ def train(
 
 
 def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -> int:
-    model = LanguageModel(config.model, config.trainer.seed)
-    trainer = Trainer(config, model, options=options, reporter=reporter, device=device)
-    reporter.notice(f"{config.model.name}: {model.num_parameters():,} parameters, {config.model.dtype}, {device}")
-    _tell_memory(estimate_memory(config, model), reporter)
-    try:
-        outcome = trainer.fit()
-    finally:
-        reporter.end()
-    if outcome.stopped_by is not None:
-        return 128 + outcome.stopped_by
-    if outcome.eval_loss is not None:
-        reporter.notice(f"held-out loss {outcome.eval_loss:.4f} nats a token after step {trainer.step}")
-    if trainer.step >= trainer.total_steps and not config.data.is_random:
-        reporter.notice(f"sample:\n{_sample(trainer)}")
+    data = open_data(config)
+    parameters = LanguageModel(config.model, seed=None).num_parameters()
+    reporter.notice(f"{config.model.name}: {parameters:,} parameters, {config.model.dtype}, {device}")
+    _tell_memory(estimate_memory(config), reporter)
+    with Signals() as signals:  # from here on a signal is a wish, also while a large model or checkpoint is loaded
+        model = LanguageModel(config.model, config.trainer.seed)
+        trainer = Trainer(config, model, data, options, reporter, device)
+        try:
+            outcome = trainer.fit(signals)
+        finally:
+            reporter.end()
+        if outcome.eval_loss is not None:
+            reporter.notice(f"held-out loss {outcome.eval_loss:.4f} nats a token after step {trainer.step}")
+        if outcome.stopped_by is not None:
+            return 128 + outcome.stopped_by
+        if trainer.step >= trainer.total_steps and not config.data.is_random:
+            reporter.notice(f"sample:\n{_sample(trainer)}")
     return 0
 
 
@@ -190,7 +197,9 @@ def _sample(trainer: Trainer) -> str:
     """A text the trained model writes, beginning where a document or a line would."""
     begin = "<|endoftext|>" if trainer.tokenizer.name == "byte" else "\n"
     prompt = trainer.tokenizer.encode(begin).astype(np.int64)
-    return trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS)).strip()
+    text = trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS)).strip()
+    # What a young model of bytes says may be a command to the terminal.
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _as_overrides(flags: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
@@ -236,16 +245,19 @@ def _fill_in_what_changes_no_bits(inside: dict[str, Any], directory: Path) -> No
     beside = directory / "config.json"
     if not beside.is_file():
         return
-    whole = json.loads(beside.read_text(encoding="utf-8"))
-    for key in (OPERATIONAL_KEYS | {"max_steps", "num_epochs"}) - {"checkpoint_dir", "target_device"}:
-        if key not in inside["trainer"] and key in whole["trainer"]:
-            inside["trainer"][key] = whole["trainer"][key]
-    inside["data"]["path"] = whole["data"]["path"]
-    inside["model"]["name"] = whole["model"]["name"]
+    try:
+        whole = json.loads(beside.read_text(encoding="utf-8"))
+        for key in (OPERATIONAL_KEYS | {"max_steps", "num_epochs"}) - {"checkpoint_dir", "target_device"}:
+            if key not in inside["trainer"] and key in whole["trainer"]:
+                inside["trainer"][key] = whole["trainer"][key]
+        inside["data"]["path"] = whole["data"]["path"]
+        inside["model"]["name"] = whole["model"]["name"]
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{beside}: is damaged; give the config with -f CONFIG, or remove this file") from None
 
 
-def _device(config: Config, demanded: bool, reporter: Reporter) -> str:
-    device = resolve_device("gpu" if demanded else config.trainer.target_device, demanded=demanded)
+def _device(config: Config, demanded_by: str | None, reporter: Reporter) -> str:
+    device = resolve_device("gpu" if demanded_by else config.trainer.target_device, demanded_by=demanded_by)
     if config.trainer.target_device == "gpu" and device == "cpu":
         reporter.notice("target_device gpu: none is usable here (--target-device gpu says why); training on the cpu")
     return device
