@@ -157,7 +157,7 @@ def _round_to_bf16(p: Array, random: Array) -> Array:
 def _round_to_f16(p: Array, random: Array) -> Array:
     """Float32 to f16, of expectation ``p``: 13 random bits likewise; below 2⁻¹⁴ f16 numbers are 2⁻²⁴ apart."""
     cut = ((p.view(np.uint32) + (random >> 3)) & np.uint32(0xFFFFE000)).view(np.float32)
-    shaken = p + (random * np.float32(2.0**-16) - np.float32(0.5)) * np.float32(2.0**-24)
+    shaken = p.astype(np.float64) + ((random + 0.5) * 2.0**-16 - 0.5) * 2.0**-24  # never a tie
     return xp_of(p).where(abs(p) < 2.0**-14, shaken, cut).astype(np.float16)
 
 

@@ -648,6 +648,23 @@ def test_the_progress_bar_shows_loss_norm_speed_time_left_and_memory(
     assert re.search(r"\d:\d\d:\d\d.*loss \d\.\d+ norm \d\.\d+ [\d.]+ it/s [\d,]+ tok/s \d+ MB", plain)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compares with /proc/self/statm, which only Linux has")
+@pytest.mark.parametrize("bar", [False, True], ids=["lines", "bar"])
+def test_progress_shows_the_memory_this_process_holds(
+    run: tiny.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bar: bool
+) -> None:
+    if bar:
+        monkeypatch.setattr("oxidizr_ref.cli.report.sys.stderr.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", "160")
+    argv = [argument for argument in run.argv() if argument != "--headless"]
+    assert tiny.cli(*argv) == 0
+    shown = [float(number) for number in re.findall(r"tok/s (\d+) MB", capsys.readouterr().err)]
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # The megabyte is a million bytes; between the two looks a tiny run allocates and frees next to nothing.
+    assert shown and shown == pytest.approx([pages * os.sysconf("SC_PAGE_SIZE") / 1e6] * len(shown), rel=0.2)
+    assert min(shown) > 20  # Python and NumPy alone take more
+
+
 def test_metrics_hold_the_deterministic_fields_and_run_files_are_there(finished: tiny.Run) -> None:
     assert [set(line) for line in finished.metrics()] == [set(HEADLESS_KEYS) - tiny.TIMES] * 3
     assert {path.name for path in finished.directory.iterdir()} >= {"config.json", "metrics.jsonl", "step_3.safetensors"}

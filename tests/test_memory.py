@@ -70,3 +70,15 @@ def test_what_the_system_tells_is_plausible():
     assert held.nbytes < resident_bytes() <= peak_bytes() * 1.01
     there = available_bytes()
     assert there is not None and there > 0
+
+
+@pytest.mark.parametrize(("accumulation", "sets"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3), (7, 3), (8, 4), (9, 4)])
+@pytest.mark.parametrize(("dtype", "compute_bytes"), [("f32", 4), ("bf16", 4), ("f64", 8)])
+def test_the_estimate_counts_a_gradient_set_for_the_micro_batch_and_one_for_each_partial_sum_of_the_tree(
+    tmp_path, accumulation, sets, dtype, compute_bytes
+):
+    path = tmp_path / "model.yaml"
+    path.write_text(CONFIG % {"hidden": 32, "layers": 1, "heads": 2, "inner": 64, "vocab": 100})
+    config = load_config(path, [f"trainer.gradient_accumulation={accumulation}", f"model.dtype={dtype}"])
+    parameters = LanguageModel(config.model, seed=None).num_parameters()
+    assert estimate_memory(config).gradients == sets * parameters * compute_bytes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -215,3 +217,22 @@ def test_token_ids_that_mean_nothing_are_refused(tokens, message):
 def test_an_architecture_that_is_not_built_yet_is_refused_by_name(keys):
     with pytest.raises(ConfigError, match="not built in this version"):
         LanguageModel(config(**keys))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([[1, -100]], "target id -100"),
+        ([[1, VOCAB]], f"target id {VOCAB} is outside the vocabulary of {VOCAB}"),
+        ([[1]], r"shape \[1, 1\], but the tokens \[1, 2\]"),
+        ([[1], [2]], r"shape \[2, 1\]"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(targets, message):
+    with pytest.raises(DataError, match=message):
+        LanguageModel(config()).loss([[0, 1]], targets)
+
+
+def test_the_public_tensor_has_its_operators_in_a_fresh_process():
+    code = "import numpy as np; from oxidizr_ref import Tensor; print((Tensor(np.ones(3)) * 2 + 1).sum().item())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "9.0\n"

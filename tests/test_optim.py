@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oxidizr_ref import parallel
 from oxidizr_ref.errors import CheckpointError
-from oxidizr_ref.optim import AdamW, clip_factor, decays, global_norm, learning_rate
+from oxidizr_ref.optim import AdamW, clip_factor, decays, first_not_finite, global_norm, learning_rate
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = {"layers.0.up.weight": (3, 4), "norm.weight": (5,), "layers.0.mixer.A_log": (2, 2)}
@@ -269,6 +269,35 @@ def test_stochastic_rounding_of_a_value_bf16_can_hold_keeps_it() -> None:
     for _ in range(20):
         optimizer.step({"norm.weight": np.zeros(6, dtype=np.float32)})
     assert bits(arrays) == before
+
+
+def test_f16_is_rounded_stochastically_too_in_its_normal_and_subnormal_range() -> None:
+    # (value, distance of neighbours): 1 + u·2⁻¹⁰ and, subnormal, (k + u)·2⁻²⁴, with u = 1/4.
+    for value, unit in ((1.0, 2.0**-10), (-2.0, 2.0**-9), (5 * 2.0**-24, 2.0**-24), (-(2.0**-15), 2.0**-24)):
+        n = 20_000
+        arrays = {"norm.weight": np.full(n, value, dtype=np.float16)}
+        optimizer = AdamW(arrays, lr=unit / 4, betas=(0.0, 0.0), eps=0.0)
+        optimizer.step({"norm.weight": np.full(n, -math.copysign(1.0, value), dtype=np.float32)})
+        moved = (np.abs(arrays["norm.weight"].astype(np.float64)) - abs(value)) / unit
+        assert set(np.unique(moved)) == {0.0, 1.0}
+        assert abs(moved.mean() - 0.25) < 0.016  # five times sqrt(3/16/20000)
+
+
+def test_stochastic_rounding_of_a_value_f16_can_hold_keeps_it() -> None:
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    arrays = {"norm.weight": every[np.isfinite(every) & (every != 0)]}
+    before = bits(arrays)
+    AdamW(arrays, lr=0.1).step({"norm.weight": np.zeros(len(arrays["norm.weight"]), dtype=np.float32)})
+    assert bits(arrays) == before
+
+
+def test_first_not_finite_names_the_first_array_in_name_order() -> None:
+    arrays = {"b": np.ones(200_000, np.float32), "a": np.ones(3, dtype=BF16), "c": np.ones(2, np.float16)}
+    assert first_not_finite(arrays) is None
+    arrays["c"][1] = np.inf
+    assert first_not_finite(arrays) == "c"
+    arrays["b"][199_999] = np.nan
+    assert first_not_finite(arrays) == "b"
 
 
 def test_stochastic_rounding_treats_both_signs_alike_and_stays_within_one_unit() -> None:

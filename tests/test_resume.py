@@ -827,3 +827,296 @@ def test_files_that_are_no_step_files_are_left_alone(tmp_path: Path) -> None:
     assert run.train() == 0
     assert all((run.directory / name).read_text() == name for name in names)
     assert sorted(path.name for path in run.directory.glob("step_[0-9].safetensors")) == ["step_4.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------- what must not be believed
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--set", "trainer.learning_rate=1e38"), "a number in"),
+        (("--dtype", "f16", "--set", "trainer.learning_rate=1e5"), "a number in"),
+        (("--set", "trainer.weight_decay=1e300"), "a number in"),
+    ],
+)
+def test_a_state_that_overflowed_in_the_update_is_neither_saved_nor_called_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], what: str
+) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 3, "save_interval": 1, "eval_fraction": 0.2})
+    assert run.train(*flags) == 1
+    message = error_of(capsys)
+    assert what in message and "not saved, no checkpoint was saved before it" in message
+    assert run.steps() == []
+
+
+def test_a_fresh_start_finishes_an_interrupted_move_before_it_makes_its_own(
+    copied: tiny.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite, killed before its note is cleared; then --overwrite again: the new run is not taken for the old one."""
+    old = tiny.step_files(copied.directory)
+    write = copied.directory / "run.json"
+    with suppress(tiny.Killed), _dying_at_clearing(write):
+        copied.train("--overwrite", "--seed", 1)
+    assert json.loads(write.read_text())["superseding"] is not None
+    assert copied.train("--overwrite", "--seed", 3, "--max-steps", 20) == 0
+    assert json.loads(write.read_text()) == {"superseding": None}
+    assert copied.train("--resume", "auto", "--seed", 3) == 0
+    assert first_step_of(capsys.readouterr().err) == 20
+    assert tiny.step_files(copied.directory / "superseded" / "1") == old
+    assert [line["step"] for line in copied.metrics()] == [*range(1, 41), 40]
+
+
+@contextmanager
+def _dying_at_clearing(note: Path) -> Iterator[None]:
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(target) == note and json.loads(Path(source).read_text())["superseding"] is None:
+            raise tiny.Killed
+        replace(source, target)
+
+    with mock.patch.object(os, "replace", dying):
+        yield
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
+def test_a_damaged_note_or_config_beside_a_checkpoint_is_named(
+    copied: tiny.Run, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    beside = copied.directory / "config.json"
+    beside.write_text(text)
+    assert tiny.cli("train", "--resume", copied.path(20)) == 2
+    assert f"{beside}: is damaged" in error_of(capsys)
+    note = copied.directory / "run.json"
+    note.write_text(text)
+    assert copied.train("--resume", "auto") == 1
+    assert f"{note}: is damaged" in error_of(capsys)
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 3, "save_interval": 2})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(format, "save", full)
+    assert run.train() == 1
+    message = error_of(capsys)
+    assert f"{run.path(2)}: cannot be written (No space left on device)" in message
+    assert "larger save_interval" in message and "--max-checkpoints" in message
+    assert not run.steps()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_sigusr1_saves_after_the_step_and_goes_on(done: tiny.Run, tmp_path: Path) -> None:
+    again = tiny.Run(done.root, done.config, done.text, tmp_path / "again")
+    with _signal_in_micro_batch(signal.SIGUSR1, 13):
+        assert again.train() == 0
+    assert again.steps() == [10, 13, 20, 30, 40]
+    assert tiny.step_files(done.directory).items() <= tiny.step_files(again.directory).items()
+    assert again.metrics() == done.metrics()
+
+
+def test_a_file_named_save_saves_once_after_the_step_and_goes_on(done: tiny.Run, tmp_path: Path) -> None:
+    again = tiny.Run(done.root, done.config, done.text, tmp_path / "again")
+    asked = again.directory / "SAVE"
+    with tiny.after_step(13, asked.touch):
+        assert again.train() == 0
+    assert not asked.exists()
+    assert again.steps() == [10, 13, 20, 30, 40]
+    assert tiny.step_files(done.directory).items() <= tiny.step_files(again.directory).items()
+
+
+def test_a_nan_stops_the_run_names_the_last_good_file_and_saves_nothing(
+    done: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tiny.Run(done.root, done.config, done.text, tmp_path / "again")
+    loss = LanguageModel.loss
+
+    def poisoned(self: LanguageModel, *args: Any, **kwargs: Any) -> Tensor:
+        return loss(self, *args, **kwargs) * (float("nan") if again.steps() == [10, 20] else 1.0)
+
+    with mock.patch.object(LanguageModel, "loss", poisoned):
+        assert again.train() == 1
+    message = error_of(capsys)
+    assert "step 21: the loss is nan" in message and str(again.path(20)) in message and "learning_rate" in message
+    assert tiny.step_files(again.directory) == {step: tiny.sha256(done.path(step)) for step in (10, 20)}
+    assert [line["step"] for line in again.metrics()] == list(range(1, 21))
+    assert again.train("--resume", "auto") == 0
+    assert tiny.step_files(again.directory) == tiny.step_files(done.directory)
+
+
+def test_an_infinite_gradient_stops_the_run_before_the_first_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny.make_run(tmp_path)
+    with mock.patch("oxidizr_ref.optim.global_norm", lambda _: float("inf")):
+        assert run.train() == 1
+    message = error_of(capsys)
+    assert "step 1: the gradient norm is inf" in message and "no checkpoint was saved before it" in message
+    assert run.steps() == []
+
+
+def test_a_learning_rate_far_too_high_ends_with_advice_and_without_numpy_s_warnings(tmp_path: Path) -> None:
+    run = tiny.make_run(tmp_path)
+    process = tiny.start(run.argv("--set", "trainer.learning_rate=1e30", "--save-interval", 1), tmp_path)
+    _, err = tiny.finish(process, 1)
+    assert "Warning" not in err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: step ") and "learning_rate" in err.splitlines()[-1]
+    for step in run.steps():
+        assert all(np.isfinite(array).all() for array in format.load(run.path(step)).tensors.values()), step
+
+
+# ----------------------------------------------------------------------------------------------------------- retention
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "kept"), [(2, (), [35, 40]), (0, (), list(range(5, 41, 5))), (2, (3,), [30, 35, 40])]
+)
+def test_retention_keeps_the_newest_and_the_flag_wins(
+    tmp_path: Path, key: int, flags: tuple[int, ...], kept: list[int]
+) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_checkpoints": key, "save_interval": 5})
+    assert run.train(*(part for flag in flags for part in ("--max-checkpoints", flag))) == 0
+    assert run.steps() == kept
+
+
+def test_a_flag_of_0_keeps_all(tmp_path: Path) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_checkpoints": 1, "save_interval": 3, "max_steps": 9})
+    assert run.train("--max-checkpoints", 0) == 0
+    assert run.steps() == [3, 6, 9]
+
+
+def test_ten_files_are_kept_by_default_and_order_is_by_number(tmp_path: Path) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_checkpoints": None, "save_interval": 1, "max_steps": 12})
+    assert run.train() == 0
+    assert run.steps() == list(range(3, 13))
+
+
+def test_the_last_step_is_saved_whatever_the_interval(tmp_path: Path) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 7, "save_interval": 100})
+    assert run.train() == 0
+    assert run.steps() == [7]
+
+
+def test_files_that_are_no_step_files_are_left_alone(tmp_path: Path) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 4, "save_interval": 1, "max_checkpoints": 1})
+    run.directory.mkdir()
+    names = ["step_1.safetensors.bak", "step_01.safetensors", "backup.safetensors", "step_x.safetensors", "notes.txt"]
+    for name in names:
+        (run.directory / name).write_text(name)
+    assert run.train() == 0
+    assert all((run.directory / name).read_text() == name for name in names)
+    assert sorted(path.name for path in run.directory.glob("step_[0-9].safetensors")) == ["step_4.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------- what must not be believed
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--set", "trainer.learning_rate=1e38"), "a number in"),
+        (("--dtype", "f16", "--set", "trainer.learning_rate=1e5"), "a number in"),
+        (("--set", "trainer.weight_decay=1e300"), "a number in"),
+    ],
+)
+def test_a_state_that_overflowed_in_the_update_is_neither_saved_nor_called_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], what: str
+) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 3, "save_interval": 1, "eval_fraction": 0.2})
+    assert run.train(*flags) == 1
+    message = error_of(capsys)
+    assert what in message and "not saved, no checkpoint was saved before it" in message
+    assert run.steps() == []
+
+
+def test_a_fresh_start_finishes_an_interrupted_move_before_it_makes_its_own(
+    copied: tiny.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite, killed before its note is cleared; then --overwrite again: the new run is not taken for the old one."""
+    old = tiny.step_files(copied.directory)
+    write = copied.directory / "run.json"
+    with suppress(tiny.Killed), _dying_at_clearing(write):
+        copied.train("--overwrite", "--seed", 1)
+    assert json.loads(write.read_text())["superseding"] is not None
+    assert copied.train("--overwrite", "--seed", 3, "--max-steps", 20) == 0
+    assert json.loads(write.read_text()) == {"superseding": None}
+    assert copied.train("--resume", "auto", "--seed", 3) == 0
+    assert first_step_of(capsys.readouterr().err) == 20
+    assert tiny.step_files(copied.directory / "superseded" / "1") == old
+    assert [line["step"] for line in copied.metrics()] == [*range(1, 41), 40]
+
+
+@contextmanager
+def _dying_at_clearing(note: Path) -> Iterator[None]:
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(target) == note and json.loads(Path(source).read_text())["superseding"] is None:
+            raise tiny.Killed
+        replace(source, target)
+
+    with mock.patch.object(os, "replace", dying):
+        yield
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
+def test_a_damaged_note_or_config_beside_a_checkpoint_is_named(
+    copied: tiny.Run, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    beside = copied.directory / "config.json"
+    beside.write_text(text)
+    assert tiny.cli("train", "--resume", copied.path(20)) == 2
+    assert f"{beside}: is damaged" in error_of(capsys)
+    note = copied.directory / "run.json"
+    note.write_text(text)
+    assert copied.train("--resume", "auto") == 1
+    assert f"{note}: is damaged" in error_of(capsys)
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_and_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 3, "save_interval": 2})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(format.os, "fsync", full)
+        patch.setattr(run.directory.__class__, "unlink", lambda *_, **__: None)
+        code = run.train()
+    message = error_of(capsys)
+    assert code in (1, 2) and "No space left on device" in message
+    assert not run.steps()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_signals_are_wishes_from_the_moment_the_model_is_made(run_while_loading: Callable[[int], tuple[int, str]]) -> None:
+    assert run_while_loading(signal.SIGUSR1)[0] == 0
+    code, err = run_while_loading(signal.SIGTERM)
+    assert code == 143 and "stopped by SIGTERM before the first step was done" in err
+
+
+@pytest.fixture
+def run_while_loading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], tuple[int, str]]:
+    """Runs three steps; the signal arrives while the first weights are drawn. Returns exit code and stderr."""
+    initialize = LanguageModel.initialize
+
+    def run(number: int) -> tuple[int, str]:
+        def interrupted(self: LanguageModel, *arguments: Any) -> None:
+            initialize(self, *arguments)
+            os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(LanguageModel, "initialize", interrupted)
+        capsys.readouterr()
+        code = tiny.make_run(tmp_path / str(number), trainer={"max_steps": 3}).train()
+        return code, capsys.readouterr().err
+
+    return run

@@ -34,7 +34,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    _version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    _version: bool = typer.Option(
+        False, "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     pass
 

@@ -99,14 +99,16 @@ def train(
         Path | None, typer.Option(metavar="FILE", help="Start with the weights of a step file.", rich_help_panel=_RESUME)
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start over; old files move to superseded/.", rich_help_panel=_RESUME)
+        bool,
+        typer.Option("--overwrite", metavar="", help="Start over; old files move to superseded/.", rich_help_panel=_RESUME),
     ] = False,
     allow_mismatch: Annotated[
         list[str] | None,
         typer.Option(metavar="|".join(ALLOWABLE), help="Continue with another one of these.", rich_help_panel=_RESUME),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Continue only with nothing changed at all.", rich_help_panel=_RESUME)
+        bool,
+        typer.Option("--strict", metavar="", help="Continue only with nothing changed at all.", rich_help_panel=_RESUME),
     ] = False,
     target_device: Annotated[
         Device | None, typer.Option(help="Demand a device. Default: the config's, if it is there.", rich_help_panel=_RUN)
@@ -118,7 +120,8 @@ def train(
         int, typer.Option(metavar="N", min=0, help="Batches read ahead. Same bits.", rich_help_panel=_RUN)
     ] = 0,
     headless: Annotated[
-        bool, typer.Option("--headless", help="JSON lines on stdout instead of a progress bar.", rich_help_panel=_RUN)
+        bool,
+        typer.Option("--headless", metavar="", help="JSON lines on stdout instead of a progress bar.", rich_help_panel=_RUN),
     ] = False,
     time_limit: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="Save and end after this time.", rich_help_panel=_RUN)
@@ -129,7 +132,9 @@ def train(
     sync_backend: Annotated[
         SyncBackend | None, typer.Option(help="How --gpus add up gradients.", rich_help_panel=_RUN)
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_RUN)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.", rich_help_panel=_RUN)
+    ] = False,
 ) -> int:
     """Train a model, saving checkpoints from which training continues to the same bits.
 

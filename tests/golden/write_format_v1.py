@@ -73,6 +73,7 @@ def metadata() -> dict[str, str]:
         "lineage": compact([]),
         "": "the empty key",
         "empty value": "",
+        "length": "of this text such that the header needs more than 32 spaces of padding",
         "note": 'line\nnext\r\ttab "quoted" \\ / \x00\x1f\x7f é 🦀',
     }
 

@@ -34,7 +34,7 @@ BATCH, STEPS, SEED = 2, 5, 7
 class Float64Rotary(torch.nn.Module):
     """cos and sin of the rotation angles in float64; the library's own module computes them in float32."""
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, _: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         width = SIZES["hidden_size"] // SIZES["num_heads"]
         frequencies = SIZES["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         angles = position_ids[..., None].to(torch.float64) * frequencies

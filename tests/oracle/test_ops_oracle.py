@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_ops import ALL_OPS, CASES, name_of
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Function, Tensor
@@ -17,7 +21,7 @@ from oxidizr_ref.fused import rms_norm as rms_norm_module
 from oxidizr_ref.fused import rope as rope_module
 from oxidizr_ref.fused import swiglu as swiglu_module
 from oxidizr_ref.fused.register import REGISTER, reference
-from oxidizr_ref.optim import AdamW
+from oxidizr_ref.optim import AdamW, clip_factor, global_norm
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -150,13 +154,9 @@ EXAMPLES: dict[type[Function], list[tuple[str, Callable[..., Any], Callable[...,
         ),
     ],
 }
-ALL_OPS = sorted(
-    (op for op in vars(ops).values() if isinstance(op, type) and issubclass(op, Function) and op is not Function),
-    key=lambda op: op.__name__,
-)
 
 
-@pytest.mark.parametrize("op", ALL_OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", ALL_OPS, ids=name_of)
 def test_primitive_equals_pytorch_in_result_and_gradients(op: type[Function]) -> None:
     assert op in EXAMPLES, f"{op.__name__} is compared with nothing: write an example"
     for _, ours, theirs, arrays in EXAMPLES[op]:
@@ -177,6 +177,91 @@ COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any]]] = 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_function_equals_pytorch_in_result_and_gradients(name: str) -> None:
     compare(*COMPOSED[name])
+
+
+# --- primitives, on the generated shapes, broadcasts and layouts of test_ops.py ----------------------------------------
+
+
+def torch_getitem(x: Any, index: Any) -> Any:
+    """NumPy's indexing by way of the positions of the elements: PyTorch's knows no negative steps."""
+    positions = np.arange(x.numel()).reshape(tuple(x.shape))[index]
+    return x.reshape(-1)[torch.tensor(positions.copy())]
+
+
+def torch_sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    if axis == ():  # PyTorch takes that for all axes, NumPy for none
+        return x.clone()
+    return x.sum(tuple(range(x.ndim)) if axis is None else axis, keepdim=keepdims)
+
+
+def torch_pad(x: Any, widths: Any) -> Any:
+    return F.pad(x, [width for pair in reversed(widths) for width in pair])
+
+
+#: op class -> PyTorch's function of the same tensors and of the same options.
+TORCH: dict[type[Function], Callable[..., Any]] = {
+    ops.Add: torch.add,
+    ops.Sub: torch.sub,
+    ops.Mul: torch.mul,
+    ops.Div: torch.div,
+    ops.MatMul: torch.matmul,
+    ops.Where: lambda a, b, condition: torch.where(torch.tensor(condition), a, b),
+    ops.Power: lambda x, exponent: torch.pow(x, exponent),
+    ops.Exp: torch.exp,
+    ops.Log: torch.log,
+    ops.Sqrt: torch.sqrt,
+    ops.Sin: torch.sin,
+    ops.Cos: torch.cos,
+    ops.Tanh: torch.tanh,
+    ops.Sigmoid: torch.sigmoid,
+    ops.Softplus: F.softplus,
+    ops.Sum: torch_sum,
+    ops.Max: lambda x, axis=-1, keepdims=False: torch.amax(x, axis, keepdim=keepdims),
+    ops.Softmax: lambda x, axis=-1: torch.softmax(x, axis),
+    ops.LogSoftmax: lambda x, axis=-1: torch.log_softmax(x, axis),
+    ops.CumSum: lambda x, axis: torch.cumsum(x, axis),
+    ops.Reshape: lambda x, shape: torch.reshape(x, shape),
+    ops.Transpose: lambda x, order: torch.permute(x, order),
+    ops.BroadcastTo: lambda x, shape: torch.broadcast_to(x, shape),
+    ops.GetItem: torch_getitem,
+    ops.Pad: torch_pad,
+    ops.Concatenate: lambda *parts, axis: torch.cat(parts, axis),
+    ops.Lookup: lambda table, ids: table[torch.tensor(ids)],
+    ops.TakeAlong: lambda x, ids: torch.gather(x, -1, torch.tensor(ids)),
+}
+
+
+def test_every_op_has_generated_cases_and_a_torch_function() -> None:
+    assert len(ALL_OPS) >= 28 and set(ALL_OPS) == TORCH.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("op", ALL_OPS, ids=name_of)
+@given(data=st.data())
+def test_primitive_equals_pytorch_for_generated_shapes_broadcasts_and_layouts(op: type[Function], data: Any) -> None:
+    function, arrays = CASES[op](data.draw)
+    calls: list[dict[str, Any]] = []
+    forward = op.forward
+
+    def recorded(self: Function, *inputs: Any, **options: Any) -> Any:
+        calls.append(options)
+        return forward(self, *inputs, **options)
+
+    leaves = [Tensor(array, requires_grad=True) for array in arrays]
+    with mock.patch.object(op, "forward", recorded):
+        result = function(*leaves)
+    assert len(calls) == 1 and type(result.node) is op  # so that PyTorch is told the same options
+    judges = [torch.tensor(array.copy(), requires_grad=True) for array in arrays]
+    wanted = TORCH[op](*judges, **calls[0])
+    dy = np.random.default_rng(1).standard_normal(result.shape)
+    result.backward(dy)
+    assert result.shape == tuple(wanted.shape)
+    wanted.backward(torch.tensor(dy))
+    pairs = [(result.data, wanted.detach().numpy())]
+    pairs += [(leaf.grad, judge.grad.numpy()) for leaf, judge in zip(leaves, judges, strict=True)]
+    for found, judge in pairs:
+        assert found.shape == judge.shape and found.dtype == judge.dtype == np.float64
+        # All numbers are of order 1. The floor is for gradients that are nothing but rounding, as of a sum that cancels.
+        assert np.max(np.abs(found - judge), initial=0) <= 1e-10 * max(np.max(np.abs(judge), initial=0), 1e-3)
 
 
 # --- fused ops --------------------------------------------------------------------------------------------------------
@@ -291,8 +376,6 @@ def test_ten_steps_of_adamw_equal_pytorchs() -> None:
 
 
 def test_clipping_equals_pytorchs() -> None:
-    from oxidizr_ref.optim import clip_factor, global_norm
-
     gradients = {"a": normal(5, 7), "b": normal(7)}
     judges = [torch.zeros(g.shape, dtype=torch.float64, requires_grad=True) for g in gradients.values()]
     for judge, g in zip(judges, gradients.values(), strict=True):
