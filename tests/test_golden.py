@@ -25,7 +25,7 @@ from oxidizr_ref.optim import AdamW, clip_factor, global_norm
 
 GOLDEN = Path(__file__).with_name("golden")
 LLAMA, FORMAT_V1 = GOLDEN / "llama.safetensors", GOLDEN / "format_v1.safetensors"
-FORMAT_V1_SHA256 = "75d5cead421a68006f9c450b980cd0a56895af96ae354dd5d2db05ce9b00b378"
+FORMAT_V1_SHA256 = "57e7f724f4550ecba90d0a0413004fc67367577db90eb4963848663f0662522e"
 
 # --- Llama ------------------------------------------------------------------------------------------------------------
 
