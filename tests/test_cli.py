@@ -661,7 +661,7 @@ def test_progress_shows_the_memory_this_process_holds(
     shown = [float(number) for number in re.findall(r"tok/s (\d+) MB", capsys.readouterr().err)]
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     # The megabyte is a million bytes; between the two looks a tiny run allocates and frees next to nothing.
-    assert shown and shown == pytest.approx([pages * os.sysconf("SC_PAGE_SIZE") / 1e6] * len(shown), rel=0.2)
+    assert shown and shown == pytest.approx([pages * os.sysconf("SC_PAGE_SIZE") / 1e6] * len(shown), rel=0.5)
     assert min(shown) > 20  # Python and NumPy alone take more
 
 
