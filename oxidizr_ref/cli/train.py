@@ -26,7 +26,7 @@ from oxidizr_ref.signals import Signals
 from oxidizr_ref.trainer import Reporter, RunOptions, Trainer, open_data
 
 DEFAULT_CONFIG = "nano-start"
-_SAMPLE_TOKENS = 300
+_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 300, 0.6
 
 
 class Device(StrEnum):
@@ -202,7 +202,7 @@ def _sample(trainer: Trainer) -> str:
     """A text the trained model writes, beginning where a document or a line would."""
     begin = "<|endoftext|>" if trainer.tokenizer.name == "byte" else "\n"
     prompt = trainer.tokenizer.encode(begin).astype(np.int64)
-    text = trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS)).strip()
+    text = trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE)).strip()
     # What a young model of bytes says may be a command to the terminal.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
