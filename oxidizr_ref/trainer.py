@@ -130,6 +130,7 @@ class Trainer:
         self.total_steps = t.max_steps or max(1, epochs_in_steps)
         self.step, self.cursor, self.lineage = 0, 0, list[dict[str, Any]]()
         self._saved_step: int | None = None
+        self._evaluated: tuple[int, float] = (-1, math.nan)  # the last evaluation: step, loss
         self._seconds: list[float] = []  # of the steps since the last logged one
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -242,6 +243,8 @@ class Trainer:
         count, size = self.windows.eval_windows, self.config.trainer.batch_size
         if count == 0:
             return None
+        if self._evaluated[0] == self.step:  # the last step is often one of eval_interval's, too
+            return self._evaluated[1]
         sums: parallel.TreeCounter[float] = parallel.TreeCounter()
         with no_grad():
             for index in range(-(-count // size)):
@@ -249,6 +252,7 @@ class Trainer:
                 sums.push(self.model.loss(tokens, targets, token_count=1).item())
         mean = sums.total() / (count * self.windows.seq_len)
         self._must_be_finite(self.step, "the held-out loss", mean)
+        self._evaluated = self.step, mean
         return mean
 
     def _after_step(self, record: Record, signals: Signals) -> None:
