@@ -130,7 +130,7 @@ class Trainer:
         self.total_steps = t.max_steps or max(1, epochs_in_steps)
         self.step, self.cursor, self.lineage = 0, 0, list[dict[str, Any]]()
         self._saved_step: int | None = None
-        self._evaluated: tuple[int, float] = (-1, math.nan)  # the last evaluation: step, loss
+        self._evaluated: tuple[int, float | None] = (-1, None)  # the last evaluation in a run: step, loss
         self._seconds: list[float] = []  # of the steps since the last logged one
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -218,7 +218,8 @@ class Trainer:
             if self.step < self.total_steps:
                 self.reporter.notice(f"time limit reached {where}")
                 return Outcome()
-            eval_loss = self.evaluate()
+            # The last step is often one of eval_interval's, too.
+            eval_loss = self._evaluated[1] if self._evaluated[0] == self.step else self.evaluate()
             if eval_loss is not None:
                 self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
             return Outcome(heard.stop, eval_loss)
@@ -243,8 +244,6 @@ class Trainer:
         count, size = self.windows.eval_windows, self.config.trainer.batch_size
         if count == 0:
             return None
-        if self._evaluated[0] == self.step:  # the last step is often one of eval_interval's, too
-            return self._evaluated[1]
         sums: parallel.TreeCounter[float] = parallel.TreeCounter()
         with no_grad():
             for index in range(-(-count // size)):
@@ -252,13 +251,13 @@ class Trainer:
                 sums.push(self.model.loss(tokens, targets, token_count=1).item())
         mean = sums.total() / (count * self.windows.seq_len)
         self._must_be_finite(self.step, "the held-out loss", mean)
-        self._evaluated = self.step, mean
         return mean
 
     def _after_step(self, record: Record, signals: Signals) -> None:
         t = self.config.trainer
         if t.eval_interval and self.step % t.eval_interval == 0:
             eval_loss = self.evaluate()
+            self._evaluated = self.step, eval_loss
             record |= {} if eval_loss is None else {"eval_loss": eval_loss}
         speed = len(self._seconds) / sum(self._seconds)
         record |= {"it/s": speed, "tokens/s": speed * self.tokens_a_step}
