@@ -82,12 +82,6 @@ class Refusal:
         assert err.endswith("\n") and len(err.splitlines()) == 1, err
         return err.strip()
 
-    def after_notices(self, *argv: object, during: AbstractContextManager[None] | None = None) -> str:
-        """The same for what is found only after the notices about the model and its memory."""
-        *notices, error = self._err_of(argv, during).splitlines()
-        assert not any(line.startswith("error: ") for line in notices), notices
-        return error
-
     def _err_of(self, argv: tuple[object, ...], during: AbstractContextManager[None] | None) -> str:
         self.capsys.readouterr()
         before = tiny.snapshot(self.root)
@@ -286,7 +280,7 @@ def test_a_checkpoint_directory_that_is_a_file_is_refused(
     run: tiny.Run, refused: Refusal, where: str, resume: tuple[str, ...]
 ) -> None:
     (run.root / "taken").write_text("a file")
-    message = refused.after_notices(*run.argv("--checkpoint-dir", where, *resume))
+    message = refused(*run.argv("--checkpoint-dir", where, *resume))
     assert f"checkpoint directory {where}: " in message and "--checkpoint-dir" in message
 
 
@@ -295,7 +289,7 @@ def test_a_checkpoint_directory_that_may_not_be_used_is_refused(run: tiny.Run, r
     if method == "iterdir":
         run.directory.mkdir()
     for resume in ((), ("--resume", "auto"), ("--overwrite",)):
-        message = refused.after_notices(*run.argv(*resume), during=failing(method, run.directory, PermissionError))
+        message = refused(*run.argv(*resume), during=failing(method, run.directory, PermissionError))
         assert str(run.directory) in message and "Permission denied" in message
 
 
@@ -338,7 +332,7 @@ def begun(run: tiny.Run, finished: tiny.Run) -> tiny.Run:
 
 def test_a_missing_resume_path_lists_what_is_there(begun: tiny.Run, refused: Refusal) -> None:
     for path in (begun.path(9), "step_9.safetensors", "nowhere/step_9.safetensors"):
-        message = refused.after_notices(*begun.argv("--resume", str(path)))
+        message = refused(*begun.argv("--resume", str(path)))
         assert f"--resume {path}: no such file" in message
         assert ("step_1, step_2, step_3" in message) == (path != "step_9.safetensors"), message
 
@@ -349,7 +343,7 @@ def test_a_missing_resume_path_without_a_config_is_refused(begun: tiny.Run, refu
 
 
 def test_step_files_already_there_are_refused_with_the_ways_on(begun: tiny.Run, refused: Refusal) -> None:
-    message = refused.after_notices(*begun.argv())
+    message = refused(*begun.argv())
     for way in ("--resume auto", "--overwrite", "superseded/", "--checkpoint-dir", "step_1, step_2, step_3"):
         assert way in message
 
@@ -367,7 +361,7 @@ def test_step_files_already_there_are_refused_with_the_ways_on(begun: tiny.Run, 
 def test_what_does_not_match_is_refused_in_one_line(
     begun: tiny.Run, refused: Refusal, flags: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    message = refused.after_notices(*begun.argv("--resume", str(begun.path(2)), *flags))
+    message = refused(*begun.argv("--resume", str(begun.path(2)), *flags))
     assert all(word in message for word in words), message
 
 

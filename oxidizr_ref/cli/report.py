@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from oxidizr_ref.memory import resident_bytes
+from oxidizr_ref.memory import estimate_memory, resident_bytes
 from oxidizr_ref.trainer import Record, Reporter
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class HeadlessReporter(Reporter):
 
     def notice(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+    def begin(self, trainer: Trainer) -> None:
+        self.notice(_introduction(trainer))
 
     def step(self, record: Record, logged: bool) -> None:
         if logged:
@@ -43,6 +46,7 @@ class PlainReporter(Reporter):
         print(text, file=sys.stderr, flush=True)
 
     def begin(self, trainer: Trainer) -> None:
+        self.notice(_introduction(trainer))
         self._total = trainer.total_steps
 
     def step(self, record: Record, logged: bool) -> None:
@@ -66,6 +70,7 @@ class BarReporter(Reporter):
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, trainer: Trainer) -> None:
+        self.notice(_introduction(trainer))
         self._task = self._progress.add_task("", total=trainer.total_steps, completed=trainer.step)
         self._progress.start()
 
@@ -88,6 +93,23 @@ def make_reporter(headless: bool) -> Reporter:
     if headless:
         return HeadlessReporter()
     return BarReporter() if sys.stderr.isatty() else PlainReporter()
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people, in units of 10⁶."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def _introduction(trainer: Trainer) -> str:
+    """What is about to be trained, and the memory that takes."""
+    model, estimate = trainer.config.model, estimate_memory(trainer.config)
+    parts = ("parameters", "gradients", "moments", "activations", "logits")
+    detail = ", ".join(f"{name} {megabytes(getattr(estimate, name))}" for name in parts)
+    return (
+        f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
+        f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
+        f"memory: about {megabytes(estimate.total)} ({detail})"
+    )
 
 
 def _numbers(record: Record) -> str:

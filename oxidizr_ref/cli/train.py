@@ -16,10 +16,10 @@ from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.checkpoint.format import read_metadata
 from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.checkpoint.store import CheckpointStore
-from oxidizr_ref.cli.report import make_reporter
+from oxidizr_ref.cli.report import make_reporter, megabytes
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
 from oxidizr_ref.errors import CheckpointError, UsageError
-from oxidizr_ref.memory import MemoryEstimate, available_bytes, estimate_memory
+from oxidizr_ref.memory import available_bytes, estimate_memory
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.sampling import sample_tokens
 from oxidizr_ref.signals import Signals
@@ -179,9 +179,7 @@ def train(
 
 def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -> int:
     data = open_data(config)
-    parameters = LanguageModel(config.model, seed=None).num_parameters()
-    reporter.notice(f"{config.model.name}: {parameters:,} parameters, {config.model.dtype}, {device}")
-    _tell_memory(estimate_memory(config), reporter)
+    _warn_if_too_large(config, reporter)
     with Signals() as signals:  # from here on a signal is a wish, also while a large model or checkpoint is loaded
         model = LanguageModel(config.model, config.trainer.seed)
         trainer = Trainer(config, model, data, options, reporter, device)
@@ -268,14 +266,9 @@ def _device(config: Config, demanded_by: str | None, reporter: Reporter) -> str:
     return device
 
 
-def _tell_memory(estimate: MemoryEstimate, reporter: Reporter) -> None:
-    parts = ("parameters", "gradients", "moments", "activations", "logits")
-    detail = ", ".join(f"{name} {_megabytes(getattr(estimate, name))}" for name in parts)
-    reporter.notice(f"memory: about {_megabytes(estimate.total)} ({detail})")
-    there = available_bytes()
-    if there is not None and estimate.total > there:
-        reporter.notice(f"warning: only {_megabytes(there)} are free; a smaller --batch-size or --seq-len needs less")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e6:.2f} MB"
+def _warn_if_too_large(config: Config, reporter: Reporter) -> None:
+    """Before anything large is allocated, say so if the run will not fit."""
+    needed, there = estimate_memory(config).total, available_bytes()
+    if there is not None and needed > there:
+        advice = "a smaller --batch-size or --seq-len, or a smaller model, needs less"
+        reporter.notice(f"warning: this run needs about {megabytes(needed)}, and {megabytes(there)} are free; {advice}")
