@@ -310,13 +310,13 @@ class Trainer:
         if path is not None:
             self._continue(path)
         else:
-            if options.resume:
-                self.reporter.notice(f"--resume auto: {store.describe()}; starting at step 0")
-            elif not options.overwrite:
+            if not options.resume and not options.overwrite:
                 store.refuse_to_start_over()
             if options.init_from is not None:
                 self._take_weights(options.init_from)
         store.open(self._readable_config())
+        if options.resume and path is None:
+            self.reporter.notice(f"--resume auto: {store.describe()}; starting at step 0")
         from_elsewhere = path is not None and path.resolve() != store.path(self.step).resolve()
         # A file from elsewhere begins a branch of its own: what is here under its number is another run's.
         if from_elsewhere:
