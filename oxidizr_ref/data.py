@@ -15,7 +15,6 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import BinaryIO, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from oxidizr_ref import rng
+from oxidizr_ref import parallel, rng
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.tokenizers import Tokenizer, get_tokenizer
 
@@ -86,12 +85,15 @@ class TokenStream:
         All cores hash; the chunks and their order are the stream's, so the digest does not depend on the cores.
         """
 
-        def hash_chunk(begin: int) -> bytes:
-            chunk = self.read(begin, min(begin + _CHUNK_TOKENS, len(self)))
-            return hashlib.sha256(np.ascontiguousarray(chunk, dtype="<u4").data).digest()
+        chunks = parallel.tiles(len(self), _CHUNK_TOKENS)
+        digests = [b""] * len(chunks)
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            return hashlib.sha256(b"".join(pool.map(hash_chunk, range(0, len(self), _CHUNK_TOKENS)))).hexdigest()
+        def hash_chunk(index: int) -> None:
+            chunk = np.ascontiguousarray(self.read(*chunks[index]), dtype="<u4")
+            digests[index] = hashlib.sha256(chunk.data).digest()
+
+        parallel.for_each(len(chunks), hash_chunk)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError naming the first token id that is not below ``vocab_size``. Reads the whole stream once."""

@@ -164,12 +164,8 @@ def _json(value: Any) -> str:
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
-def digest(data: memoryview) -> str:
-    """SHA-256 over the SHA-256 digests of the 4 MiB chunks of ``data``, as 64 hexadecimal digits."""
-    return _digest_all({"": data})[""]
-
-
 def _digest_all(buffers: Mapping[str, memoryview]) -> dict[str, str]:
+    """By name, SHA-256 over the SHA-256s of a buffer's 4 MiB chunks, as 64 hexadecimal digits."""
     chunks = [(name, start) for name, data in buffers.items() for start in range(0, len(data), CHUNK_BYTES)]
     parts = [b""] * len(chunks)
 
