@@ -49,10 +49,13 @@ _SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "trainer": TrainerC
 #: Keys of `trainer` that change no bit of a checkpoint. (`target_device` is replaced by the device it resolved to.)
 OPERATIONAL_KEYS = frozenset(
     {
+        "async_save",
         "beta_kl",
         "checkpoint_dir",
         "eval_interval",
         "group_size",
+        "keep_best",
+        "keep_every",
         "log_interval",
         "max_checkpoints",
         "save_interval",
@@ -292,19 +295,20 @@ _EXPECTED = {
 def _problems_of(error: ValidationError, data: Mapping[str, Any]) -> list[tuple[Location, str]]:
     """Pydantic's errors in our words, and the constraints it did not come to because single keys were wrong."""
     problems: list[tuple[Location, str]] = []
-    violations: list[Violation] = []
+    violations: dict[str, list[Violation]] = {}  # by section
     bad: set[str] = set()  # keys of the model that are wrong by themselves
     for detail in error.errors():
         location, cause = detail["loc"], detail.get("ctx", {}).get("error")
         if isinstance(cause, BrokenConstraintsError):
-            violations = cause.violations
+            violations[str(location[0])] = cause.violations
             continue
         problems.append((location, str(cause) if cause is not None else _message(dict(detail))))
         if location[0] == "model" and len(location) > 1:
             bad.add(str(location[1]))
     if bad:
-        violations = violations_among(data["model"], bad)
-    return problems + [(("model", violation.keys[0]), violation.message) for violation in violations]
+        violations["model"] = violations_among(data["model"], bad)
+    broken = [(name, violation) for name, several in violations.items() for violation in several]
+    return problems + [((name, violation.keys[0]), violation.message) for name, violation in broken]
 
 
 def _message(detail: Mapping[str, Any]) -> str:

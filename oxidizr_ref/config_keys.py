@@ -186,10 +186,24 @@ class TrainerConfig(Section):
     log_interval: Size = 10  # steps
     save_interval: Size = 500  # steps
     max_checkpoints: Count = 10  # 0: keep all
+    keep_every: Count = 0  # steps; files of their multiples stay for ever; 0: none
+    keep_best: Count = 0  # so many files with the lowest held-out losses stay as well
+    async_save: bool = False  # write checkpoints while training goes on
     checkpoint_dir: Text = "./checkpoints"
     target_device: Literal["gpu", "cpu"] = "gpu"  # gpu is a preference here: it falls back
     group_size: Size = 4  # GRPO, accepted and unused, as is beta_kl
     beta_kl: NonNegative = 0.04
+
+    @model_validator(mode="after")
+    def _constrain(self) -> TrainerConfig:
+        if self.keep_best and not (
+            self.eval_fraction and self.eval_interval and self.save_interval % self.eval_interval == 0
+        ):
+            needs = "needs an eval_fraction, and an eval_interval that divides save_interval, so that each file has a loss"
+            raise BrokenConstraintsError(
+                [Violation(("keep_best",), f"keeping the files with the best held-out losses {needs}")]
+            )
+        return self
 
 
 class DataConfig(Section):

@@ -38,6 +38,14 @@ class CheckpointError(OxidizrError):
     """A checkpoint is damaged, or is not a checkpoint of this package."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written: another one must be used."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written. Those written before are whole; the next save may succeed."""
+
+
 class MismatchError(CheckpointError):
     """A sound checkpoint does not fit the run that wants to continue from it."""
 

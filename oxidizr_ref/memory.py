@@ -24,12 +24,13 @@ class MemoryEstimate:
     moments: int
     activations: int
     logits: int
+    snapshot: int
 
     @property
     def total(self) -> int:
         """All of it, the interpreter included."""
         parts = self.parameters + self.gradients + self.moments + self.activations + self.logits
-        return parts + _INTERPRETER_BYTES
+        return parts + self.snapshot + _INTERPRETER_BYTES
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
@@ -42,12 +43,14 @@ def estimate_memory(config: Config) -> MemoryEstimate:
     partial_sums = max(done.bit_count() for done in range(t.gradient_accumulation))
     tokens = t.batch_size * m.max_seq_len
     logits = min(tokens, max(FEWEST_TOKENS, LOGITS // m.vocab_size)) * m.vocab_size
+    saved = count * (storage.itemsize + 2 * compute_bytes)
     return MemoryEstimate(
         parameters=count * storage.itemsize,
         gradients=count * compute_bytes * (1 + partial_sums),
         moments=2 * count * compute_bytes,
         activations=tokens * compute_bytes * (m.num_layers * _kept_a_token(config) + _passing_a_token(config)),
         logits=logits * compute_bytes,
+        snapshot=saved if t.async_save else 0,
     )
 
 

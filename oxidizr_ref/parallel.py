@@ -14,8 +14,10 @@ import contextvars
 import ctypes
 import functools
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -49,6 +51,8 @@ _keep_freed_memory()
 ELEMENTS = 65536
 #: Elements of one piece inside a tile: a few float32 temporaries of this size stay in a core's L2 cache.
 CACHED = 16384
+#: The niceness of work in the background: the lowest priority there is.
+_IDLE_PRIORITY = 19
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
 SMALL_PRODUCT = 1 << 23
 
@@ -148,6 +152,20 @@ def _call_helpers(count: int, task: Callable[[], object]) -> None:
     for _ in range(count):
         # The caller's context (NumPy's error state, no_grad) holds in its tiles, whoever computes them.
         _jobs.put(functools.partial(contextvars.copy_context().run, task))
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Inside this context this thread works alone, taking no other thread's turn, and where the system can, only when a
+    core has nothing better to do (on Linux a thread has a priority of its own)."""
+    before = getattr(_inside_a_tile, "flag", False)
+    _inside_a_tile.flag = True
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE_PRIORITY)
+    try:
+        yield
+    finally:
+        _inside_a_tile.flag = before
 
 
 # --- how work is cut --------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +22,21 @@ from oxidizr_ref import optim, parallel
 from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import Array, compute_dtype, xp_of
 from oxidizr_ref.checkpoint import state
-from oxidizr_ref.checkpoint.format import load
+from oxidizr_ref.checkpoint.format import load, predict_size
+from oxidizr_ref.checkpoint.saver import Saver
 from oxidizr_ref.checkpoint.state import RunState
-from oxidizr_ref.checkpoint.store import CheckpointStore
+from oxidizr_ref.checkpoint.store import CheckpointStore, Found, Retention
 from oxidizr_ref.config import Config
 from oxidizr_ref.data import Batch, BatchLoader, TokenStream, Windows, open_stream
-from oxidizr_ref.errors import TrainingError
+from oxidizr_ref.errors import SaveError, TrainingError, UsageError
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
+from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions
 from oxidizr_ref.signals import Signals
 from oxidizr_ref.tokenizers import Tokenizer
 
 Gradients = dict[str, Array]
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out. Nothing here but ``init_from`` changes a bit of a checkpoint.
-
-    resume: a path, ``auto``, or None for a fresh start. init_from: a checkpoint whose weights a fresh run starts with.
-    time_limit: seconds after which the run saves and ends. See the command line's help for the others.
-    """
-
-    resume: str | None = None
-    init_from: Path | None = None
-    overwrite: bool = False
-    allow_mismatch: frozenset[str] = frozenset()
-    strict: bool = False
-    prefetch: int = 0
-    time_limit: float | None = None
-
-
-class Reporter:
-    """What a run tells while it goes on. This one keeps silent; the command line's draw a bar or print JSON."""
-
-    def notice(self, text: str) -> None:
-        """Something the user should know, in one line."""
-
-    def begin(self, trainer: Trainer) -> None:
-        """Training starts, or continues, at ``trainer.step``."""
-
-    def step(self, record: Record, logged: bool) -> None:
-        """A step was done; ``logged``: it is one that goes to the metrics."""
-
-    def saved(self, path: Path) -> None:
-        """A checkpoint was written."""
-
-    def end(self) -> None:
-        """The run is over, well or not."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How `Trainer.fit` ended: the signal that stopped it (None: by itself) and the held-out loss (None: none held out)."""
-
-    stopped_by: int | None = None
-    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +55,10 @@ def open_data(config: Config) -> TrainingData:
     stream, tokenizer = open_stream(paths, config.data.tokenizer, vocab_size=m.vocab_size, seed=t.seed)
     stream.check_vocabulary(m.vocab_size)
     return TrainingData(stream, tokenizer, Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle))
+
+
+#: Bytes a second that a disk will surely write: what a time limit reserves for a save before one was measured.
+_SLOW_DISK = 100e6
 
 
 class _Stopped(Exception):  # noqa: N818 - a wish, not an error
@@ -123,15 +84,20 @@ class Trainer:
         self.tokenizer, self.windows = data.tokenizer, data.windows
         self._data_identity = {"digest": data.stream.digest(), "tokens": len(data.stream)}
         self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
-        self.store = CheckpointStore(Path(t.checkpoint_dir), t.max_checkpoints)
+        self.store = CheckpointStore(Path(t.checkpoint_dir), Retention(t.max_checkpoints, t.keep_every, t.keep_best))
+        self.saver = Saver(self.store, background=t.async_save)
         self.windows_a_step = t.batch_size * t.gradient_accumulation
         self.tokens_a_step = self.windows_a_step * config.model.max_seq_len
         epochs_in_steps = t.num_epochs * self.windows.train_windows // self.windows_a_step
         self.total_steps = t.max_steps or max(1, epochs_in_steps)
         self.step, self.cursor, self.lineage = 0, 0, list[dict[str, Any]]()
-        self._saved_step: int | None = None
+        self._last_save = 0  # the step of the last save that was begun, or of the file the run goes on from
+        self._not_saved: SaveError | None = None  # why the last save that was tried failed
+        self._not_logged: SaveError | None = None  # the same of the last metric line
         self._evaluated: tuple[int, float | None] = (-1, None)  # the last evaluation in a run: step, loss
         self._seconds: list[float] = []  # of the steps since the last logged one
+        self._longest = {"step": 0.0, "save": 0.0}  # seconds
+        self._file_size = 0
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -201,32 +167,47 @@ class Trainer:
     def fit(self, signals: Signals | None = None) -> Outcome:
         """Train to the end, from where the options say, saving on the way. Returns how it ended.
 
-        ``signals``: those the caller listens to already; without them this method listens itself.
+        ``signals``: those the caller listens to already; without them this method listens itself. Raises SaveError at the
+        end when the last save could not be written, after telling of every failed one on the way.
         """
-        with nullcontext(signals) if signals is not None else Signals() as heard:
-            self._start()
-            if self.step < self.total_steps:
-                self.reporter.begin(self)
-                self._train(heard)
-            else:
-                of = f"{self.step} of {self.total_steps} steps are done"
-                self.reporter.notice(f"finished: {of}; a larger --max-steps goes on")
-            where = f"after step {self.step}, which is saved" if self.step else "before the first step was done"
-            if heard.stop is not None:
-                self.reporter.notice(f"stopped by {signal.Signals(heard.stop).name} {where}")
-                return Outcome(stopped_by=heard.stop)
-            if self.step < self.total_steps:
-                self.reporter.notice(f"time limit reached {where}")
-                return Outcome()
+        began = time.monotonic() if self.options.began is None else self.options.began
+        with nullcontext(signals) if signals is not None else Signals() as heard, self.store.claimed():
+            try:
+                self._start()
+                if self.step < self.total_steps:
+                    self.reporter.begin(self)
+                    self._train(heard, began)
+                else:
+                    of = f"{self.step} of {self.total_steps} steps are done"
+                    self.reporter.notice(f"finished: {of}; a larger --max-steps goes on")
+                return self._conclude(heard)
+            finally:
+                self._tell_of_saves(wait=True)
+
+    def _conclude(self, signals: Signals) -> Outcome:
+        if self._not_saved is None:
+            self.store.end()
+            self._tell_of_saves()
+        where = "before the first step was done"
+        if self.step:
+            where = f"after step {self.step}, which is {'saved' if self._not_saved is None else 'not saved'}"
+        eval_loss = None
+        if signals.stop is not None:
+            self.reporter.notice(f"stopped by {signal.Signals(signals.stop).name} {where}")
+        elif self.step < self.total_steps:
+            self.reporter.notice(f"time limit reached {where}")
+        else:
             # The last step is often one of eval_interval's, too.
             eval_loss = self._evaluated[1] if self._evaluated[0] == self.step else self.evaluate()
             if eval_loss is not None:
-                self.store.log({"step": self.step, "eval_loss": eval_loss, "final": True})
-            return Outcome(heard.stop, eval_loss)
+                self._log({"step": self.step, "eval_loss": eval_loss, "final": True})
+        failed = self._not_saved or self._not_logged
+        if failed is not None:
+            raise failed
+        return Outcome(signals.stop, eval_loss)
 
-    def _train(self, signals: Signals) -> None:
+    def _train(self, signals: Signals, began: float) -> None:
         """Step after step, until the last one, a signal or the time limit; then save what is not saved."""
-        began = time.monotonic()
         with self._batches() as batches:
             while self.step < self.total_steps and signals.stop is None and not self._time_is_up(began):
                 started = time.perf_counter()
@@ -236,7 +217,12 @@ class Trainer:
                     break
                 self._seconds.append(time.perf_counter() - started)
                 self._after_step(record, signals)
+                self._longest["step"] = max(self._longest["step"], time.perf_counter() - started)
+                self._tell_of_saves()
+        self._tell_of_saves(wait=True)
+        if self.step != self._last_save or self._not_saved is not None:
             self._save()
+            self._tell_of_saves(wait=True)
 
     @np.errstate(all="ignore")
     def evaluate(self) -> float | None:
@@ -263,26 +249,68 @@ class Trainer:
         record |= {"it/s": speed, "tokens/s": speed * self.tokens_a_step}
         logged = self.step == 1 or self.step % t.log_interval == 0 or "eval_loss" in record
         if logged:
-            self.store.log(record)
+            self._log(record)
             self._seconds.clear()
         self.reporter.step(record, logged)
         asked = self.store.directory / "SAVE"
         if self.step % t.save_interval == 0 or signals.save or asked.is_file():
             self._save()
             signals.save = False
-            if asked.is_file():
-                asked.unlink()
+            with suppress(OSError):  # on a disk that has become read-only it asks again after every step
+                asked.unlink(missing_ok=True)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.step not in (0, self._saved_step):
-            bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
-            self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
-            tensors, metadata = state.to_file(self._state())
-            self.reporter.saved(self.store.save(self.step, tensors, metadata))
-            self._saved_step = self.step
+        """Save this step, or begin to. The disk's refusals are told and do not end the run."""
+        if self.step == 0:
+            return
+        bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
+        self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
+        started = time.perf_counter()
+        self.saver.save(self.step, *state.to_file(self._state()))
+        self._last_save = self.step
+        self._tell_of_saves()
+        self._longest["save"] = max(self._longest["save"], time.perf_counter() - started)
+
+    def _tell_of_saves(self, wait: bool = False) -> None:
+        """Report the saves that ended since the last time, and what the store noticed."""
+        for save in self.saver.finished(wait):
+            self._not_saved = save.error
+            if save.error is None:
+                self.reporter.saved(save.path)
+            else:
+                self.reporter.notice(f"warning: {save.error}; training goes on, and the next save is tried as usual")
+        while self.store.notices:
+            self.reporter.notice(self.store.notices.pop(0))
+
+    def _log(self, record: Record) -> None:
+        try:
+            self.store.log(record)
+            self._not_logged = None
+        except SaveError as error:
+            if self._not_logged is None:
+                self.reporter.notice(f"warning: {error}; training goes on, and the line is tried again with the next one")
+            self._not_logged = error
 
     def _time_is_up(self, began: float) -> bool:
-        return self.options.time_limit is not None and time.monotonic() - began >= self.options.time_limit
+        """Whether another step, and then a save, might take longer than what is left of the time limit."""
+        if self.options.time_limit is None:
+            return False
+        save = max(self._longest["save"], self.file_size() / _SLOW_DISK)
+        return time.monotonic() - began + 1.5 * (self._longest["step"] + save) >= self.options.time_limit
+
+    def file_size(self) -> int:
+        """Bytes of a checkpoint of this run, but for the padding of a header in which a number has more or fewer digits."""
+        if self._file_size == 0:
+            self._file_size = predict_size(*state.to_file(replace(self._state(), step=self.total_steps)))
+        return self._file_size
+
+    def most_bytes_more(self) -> int:
+        """How much larger this run makes the checkpoint directory at its largest."""
+        every = self.config.trainer.save_interval
+        coming = [*range(self.step - self.step % every + every, self.total_steps, every), self.total_steps]
+        return self.store.most_bytes_more(self.file_size(), coming)
 
     def _batches(self) -> BatchLoader:
         return BatchLoader(self.windows, self.cursor, self.config.trainer.batch_size, self.options.prefetch)
@@ -306,26 +334,38 @@ class Trainer:
     def _start(self) -> None:
         """Continue a checkpoint, or start afresh; only then is anything in the directory touched."""
         options, store = self.options, self.store
-        path = store.resolve(options.resume) if options.resume else None
-        if path is not None:
-            self._continue(path)
+        found = store.find(options.resume) if options.resume else None
+        if found is not None:
+            notices = self._continue(found)
         else:
             if not options.resume and not options.overwrite:
                 store.refuse_to_start_over()
-            if options.init_from is not None:
-                self._take_weights(options.init_from)
+            notices = [] if options.init_from is None else [self._take_weights(options.init_from)]
         store.open(self._readable_config())
-        if options.resume and path is None:
+        if found is not None:
+            self._put_away(found)
+        self._tell_of_saves()
+        for notice in notices:
+            self.reporter.notice(notice)
+        if options.resume and found is None:
             self.reporter.notice(f"--resume auto: {store.describe()}; starting at step 0")
-        from_elsewhere = path is not None and path.resolve() != store.path(self.step).resolve()
+        from_elsewhere = found is not None and found.path.resolve() != store.path(self.step).resolve()
         # A file from elsewhere begins a branch of its own: what is here under its number is another run's.
         if from_elsewhere:
             moved = store.supersede(self.step, self.step, begin_with=state.to_file(self._state()))
         else:
-            moved = store.supersede(self.step + 1 if path else 0, self.step)
+            moved = store.supersede(self.step + 1 if found else 0, self.step)
         if moved:
             names = ", ".join(f"step_{step}" for step in moved)
             self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
+
+    def _put_away(self, found: Found) -> None:
+        """Damaged files newer than the one to go on from, now that nothing refuses to go on."""
+        try:
+            self.store.quarantine(found.damaged)
+        except OSError as error:
+            where = self.store.directory / "quarantine"
+            raise UsageError(f"{where}: damaged files cannot be put away ({error.strerror or error})") from error
 
     def _readable_config(self) -> dict[str, Any]:
         """The whole config, its data paths made absolute."""
@@ -334,24 +374,23 @@ class Trainer:
             config["data"]["path"] = [str(path.absolute()) for path in self.config.data_paths()]
         return config
 
-    def _continue(self, path: Path) -> None:
-        saved = state.from_file(self.store.load(path), path)
+    def _continue(self, found: Found) -> list[str]:
+        """Take over the state of a file. Returns what to tell. Raises MismatchError when it does not fit this run."""
+        saved = state.from_file(found.checkpoint, found.path)
         notices, self.lineage = state.continue_from(
-            saved, self._state(), path, allow=self.options.allow_mismatch, strict=self.options.strict
+            saved, self._state(), found.path, allow=self.options.allow_mismatch, strict=self.options.strict
         )
         self.model.load_state_dict(saved.weights)
         self.optimizer.load_state_dict(saved.optimizer, updates=saved.step)
         self.step, self.cursor = saved.step, saved.cursor
-        self._saved_step = saved.step
-        for notice in notices:
-            self.reporter.notice(notice)
-        self.reporter.notice(f"resumed {path} at step {self.step}")
+        self._last_save = self.store.resumed_from = saved.step
+        return [*notices, f"resumed {found.path} at step {self.step}"]
 
-    def _take_weights(self, path: Path) -> None:
+    def _take_weights(self, path: Path) -> str:
         saved = state.from_file(load(path), path)
         self.model.load_state_dict(saved.weights)
         self.lineage = [*saved.lineage, {"init_from": saved.origin()}]
-        self.reporter.notice(f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0")
+        return f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0"
 
 
 def _add_gradients(a: Mapping[str, Array], b: Mapping[str, Array]) -> Gradients:

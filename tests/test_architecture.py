@@ -41,6 +41,7 @@ FLOORS: dict[str, int | str] = {
     "layers": 5,
     "model": 6,
     "memory": 7,
+    "run": 7,
     "sampling": 7,
     "signals": 7,
     "trainer": 7,

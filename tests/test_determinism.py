@@ -24,7 +24,8 @@ from oxidizr_ref import parallel
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import load_config
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.trainer import RunOptions, Trainer
+from oxidizr_ref.run import RunOptions
+from oxidizr_ref.trainer import Trainer
 
 STEPS = 14
 TRAINER = {

@@ -22,7 +22,8 @@ from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import load_config
 from oxidizr_ref.errors import CheckpointError
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.trainer import Reporter, RunOptions, Trainer
+from oxidizr_ref.run import Reporter, RunOptions
+from oxidizr_ref.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def snapshot(root: Path) -> dict[str, str]:
 
 
 def lineage(path: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(format.read_metadata(path)["lineage"])
+    entries: list[dict[str, Any]] = json.loads(format.read_header(path).metadata["lineage"])
     return entries
 
 

@@ -1,4 +1,4 @@
-"""Bytes and tensors: the safetensors layout, written deterministically and read strictly.
+"""Bytes and tensors: one safetensors file, written deterministically, proved when written and when read.
 
 A file is: 8 bytes, the header's length (little-endian u64); the header, JSON padded with spaces to a multiple of 64; the
 payload, tensors end to end. See https://github.com/huggingface/safetensors#format. On top of that format:
@@ -12,46 +12,31 @@ Equal tensors and metadata give equal bytes; any changed bit is found when the f
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
-import math
+import mmap
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from oxidizr_ref import parallel
-from oxidizr_ref.errors import CheckpointError
+from oxidizr_ref.checkpoint import disk
+from oxidizr_ref.checkpoint import header as headers
+from oxidizr_ref.checkpoint.header import Entry, Header, damaged
+from oxidizr_ref.errors import CheckpointError, DamagedError, SaveError
 
 assert sys.byteorder == "little", "checkpoints are written as the memory holds them, which must be little-endian"
 
-#: Raised by a change to this layout. Files of every released version load for ever.
-FORMAT_VERSION = 1
-CHUNK_BYTES = 4 << 20
-MAX_HEADER_BYTES = 100_000_000  # the stock reader's limit
-_ALIGNMENT = 64
-_NO_DIGEST = "0" * 64
-_OWN_KEYS = ("digests", "header_digest")
-_MOST_AXES = 64  # of a NumPy array
+CHUNK_BYTES = 4 << 20  # part of the digests' definition
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "U32": np.dtype(np.uint32),
-    "U8": np.dtype(np.uint8),
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-HostArray = np.ndarray[Any, Any]
+HostArray: TypeAlias = np.ndarray[Any, Any]
+StrPath: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -63,251 +48,185 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+class _Chunk:
+    """A piece of the payload that is hashed by itself: of which tensor, and its bytes there."""
+
+    entry: Entry
     begin: int
     end: int
+
+
+def _chunks(header: Header) -> list[_Chunk]:
+    return [
+        _Chunk(entry, begin, min(begin + CHUNK_BYTES, entry.end - entry.begin))
+        for entry in header.entries
+        for begin in range(0, entry.end - entry.begin, CHUNK_BYTES)
+    ]
+
+
+def _combine(header: Header, chunks: Sequence[_Chunk], parts: Sequence[bytes]) -> dict[str, str]:
+    """By tensor, SHA-256 over the SHA-256s of its chunks, as 64 hexadecimal digits."""
+    whole = {entry.name: hashlib.sha256() for entry in header.entries}
+    for chunk, part in zip(chunks, parts, strict=True):
+        whole[chunk.entry.name].update(part)
+    return {name: sha.hexdigest() for name, sha in whole.items()}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | os.PathLike[str], tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> None:
-    """Write one file that is either there whole or not at all.
+def save(path: StrPath, tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> None:
+    """Write one file that is either there whole or not at all, and read it back from the disk before it gets its name.
 
-    The bytes go to a temporary file beside it, which is flushed to the disk and renamed; then the directory is flushed.
-    Raises OSError when the disk refuses and CheckpointError for a tensor that has no place in the format.
+    No second copy of the tensors is made. Raises OSError when the disk refuses, SaveError when it gives back other bytes
+    than it was given, and CheckpointError for what has no place in the format.
     """
     path = Path(path)
-    header = encode_header(tensors, metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # "x": never write through a file or link that is there already.
-        with open(temporary, "xb") as file:
-            file.write(header)
-            for name in _payload_order(tensors):
-                _write_chunks(file, tensors[name])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    planned = _plan(tensors, metadata)
+    with disk.new_file(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as descriptor:
+        header, parts = _write(descriptor, planned, tensors)
+        disk.flush(descriptor)
+        disk.forget_cached(descriptor)
+        _must_read_back(descriptor, planned, header, parts, path)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in ``directory`` survive a power cut. Windows has no such call, and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def predict_size(tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `save` would write."""
+    return _plan(tensors, metadata).file_size
 
 
-def encode_header(tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> bytes:
-    """Length prefix and header, digests included: it names every bit of the payload."""
-    if "__metadata__" in tensors:
-        raise CheckpointError("a tensor cannot be called __metadata__")
-    for key, value in metadata.items():
-        if key in _OWN_KEYS or not isinstance(value, str):
-            raise CheckpointError(f"metadata {key!r}: {'this key is written here' if key in _OWN_KEYS else 'not a string'}")
-    entries: dict[str, Any] = {}
-    offset = 0
-    for name in _payload_order(tensors):
-        array = tensors[name]
-        if array.dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name}: dtype {array.dtype} cannot be stored (one of {', '.join(_DTYPES)})")
-        if not array.flags.c_contiguous:
-            raise CheckpointError(f"tensor {name}: its elements do not lie in C order")
-        entries[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    digests = _digest_all({name: _bytes_of(tensors[name]) for name in sorted(tensors)})
-    entries["__metadata__"] = {**metadata, "digests": _json(digests), "header_digest": _NO_DIGEST}
-    text = _json(entries).encode("ascii")
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    return header.replace(_header_digest_field(_NO_DIGEST), _header_digest_field(hashlib.sha256(header).hexdigest()))
-
-
-def _header_digest_field(digits: str) -> bytes:
-    return f'"header_digest":"{digits}"'.encode()
-
-
-def _payload_order(tensors: Mapping[str, HostArray]) -> list[str]:
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
-def _write_chunks(file: BinaryIO, array: HostArray) -> None:
-    view = _bytes_of(array)
-    for start in range(0, len(view), CHUNK_BYTES):
-        file.write(view[start : start + CHUNK_BYTES])
-
-
-def _bytes_of(array: HostArray) -> memoryview:
-    """The array's memory as bytes, not copied."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
-def _digest_all(buffers: Mapping[str, memoryview]) -> dict[str, str]:
-    """By name, SHA-256 over the SHA-256s of a buffer's 4 MiB chunks, as 64 hexadecimal digits."""
-    chunks = [(name, start) for name, data in buffers.items() for start in range(0, len(data), CHUNK_BYTES)]
+def describe(tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> Header:
+    """The header of the file that `save` would write: equal headers of whole files mean equal files."""
+    planned = _plan(tensors, metadata)
+    chunks = _chunks(planned)
     parts = [b""] * len(chunks)
 
     def hash_chunk(index: int) -> None:
-        name, start = chunks[index]
-        parts[index] = hashlib.sha256(buffers[name][start : start + CHUNK_BYTES]).digest()
+        parts[index] = hashlib.sha256(_bytes_of(tensors, chunks[index])).digest()
 
     parallel.for_each(len(chunks), hash_chunk)
-    whole = {name: hashlib.sha256() for name in buffers}
-    for (name, _), part in zip(chunks, parts, strict=True):
-        whole[name].update(part)
-    return {name: sha.hexdigest() for name, sha in whole.items()}
+    return replace(planned, digests=_combine(planned, chunks, parts))
+
+
+def _plan(tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> Header:
+    for name, array in tensors.items():
+        if not array.flags.c_contiguous:
+            raise CheckpointError(f"tensor {name}: its elements do not lie in C order")
+    return headers.plan({name: (array.dtype, array.shape) for name, array in tensors.items()}, metadata)
+
+
+def _write(descriptor: int, planned: Header, tensors: Mapping[str, HostArray]) -> tuple[bytes, list[bytes]]:
+    """Hash and write every chunk while it is in the cache, then the header, whose length was known before its digests."""
+    chunks = _chunks(planned)
+    parts = [b""] * len(chunks)
+
+    def hash_and_write(index: int) -> None:
+        chunk = chunks[index]
+        data = _bytes_of(tensors, chunk)
+        parts[index] = hashlib.sha256(data).digest()
+        disk.write_at(descriptor, data, planned.payload_start + chunk.entry.begin + chunk.begin)
+
+    parallel.for_each(len(chunks), hash_and_write)
+    header = headers.encode(planned, _combine(planned, chunks, parts))
+    disk.write_at(descriptor, header, 0)
+    return header, parts
+
+
+def _must_read_back(descriptor: int, planned: Header, header: bytes, parts: Sequence[bytes], path: Path) -> None:
+    again = memoryview(bytearray(len(header)))
+    same = disk.read_at(descriptor, again, 0) == len(header) and again == header
+    if not same or _hash_payload(descriptor, planned) != parts or disk.size(descriptor) != planned.file_size:
+        raise SaveError(f"{path}: the disk gave back other bytes than were written; check the disk")
+
+
+def _bytes_of(tensors: Mapping[str, HostArray], chunk: _Chunk) -> memoryview:
+    """A chunk of a tensor's memory, not copied."""
+    return _memory(tensors[chunk.entry.name])[chunk.begin : chunk.end]
+
+
+def _memory(array: HostArray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
+def load(path: StrPath) -> Checkpoint:
     """Read a file whole and prove it. Tensors are fresh, C-contiguous, aligned arrays.
 
-    Raises CheckpointError when the file is missing, unreadable, damaged, or not a checkpoint of this package.
+    Raises DamagedError when a bit of it is not as it was written, and CheckpointError when the file is missing, unreadable,
+    or not a checkpoint of this package.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            entries, metadata, payload_start = _read_header(file, path)
-            tensors = {entry.name: _read_tensor(file, entry, payload_start) for entry in entries}
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    stored = _digests_in(metadata.pop("digests"), tensors, path)
-    found = _digest_all({name: _bytes_of(array) for name, array in tensors.items()})
-    for name in sorted(tensors):
-        if found[name] != stored[name]:
-            raise CheckpointError(f"{path}: tensor {name} is damaged (its SHA-256 is not the stored one)")
-    return Checkpoint(tensors, metadata)
+    with _reading(path) as descriptor:
+        header = headers.read(descriptor, path)
+        tensors = {entry.name: np.empty(entry.shape, dtype=entry.dtype) for entry in header.entries}
+        _prove(header, _hash_payload(descriptor, header, tensors), path)
+    return Checkpoint(tensors, header.metadata)
 
 
-def verify(path: str | os.PathLike[str]) -> None:
-    """Prove that a file holds exactly what was written. Raises CheckpointError saying what does not."""
-    load(path)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a file whose header proves whole; the payload is not read. Raises as `load` does."""
+def verify(path: StrPath) -> Header:
+    """Prove that a file holds exactly what was written, a few chunks in memory at a time. Raises as `load` does."""
     path = Path(path)
+    with _reading(path) as descriptor:
+        header = headers.read(descriptor, path)
+        _prove(header, _hash_payload(descriptor, header), path)
+    return header
+
+
+def read_header(path: StrPath) -> Header:
+    """The header of a file, proved whole; the payload is not read. Raises as `load` does."""
+    path = Path(path)
+    with _reading(path) as descriptor:
+        return headers.read(descriptor, path)
+
+
+def mapped(path: StrPath) -> tuple[Header, dict[str, HostArray]]:
+    """A file's header, proved whole, and its tensors as read-only views of the file: read when touched, never verified.
+
+    Raises as `load` does.
+    """
+    path = Path(path)
+    with _reading(path) as descriptor:
+        header = headers.read(descriptor, path)
+        memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # closed when the last view is gone
+    return header, {entry.name: _view(memory, header, entry) for entry in header.entries}
+
+
+def _view(memory: mmap.mmap, header: Header, entry: Entry) -> HostArray:
+    count = (entry.end - entry.begin) // entry.dtype.itemsize
+    flat = np.frombuffer(memory, dtype=entry.dtype, count=count, offset=header.payload_start + entry.begin)
+    return flat.reshape(entry.shape)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[int]:
     try:
-        with open(path, "rb") as file:
-            _, metadata, _ = _read_header(file, path)
+        with disk.reading(path) as descriptor:
+            yield descriptor
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    del metadata["digests"]
-    return metadata
+        kind = DamagedError if error.errno == errno.EIO else CheckpointError  # of a broken disk, another file may be whole
+        raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _read_tensor(file: BinaryIO, entry: _Entry, payload_start: int) -> HostArray:
-    array = np.empty(entry.shape, dtype=entry.dtype)
-    file.seek(payload_start + entry.begin)
-    view = _bytes_of(array)
-    if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
-        raise CheckpointError(f"{file.name}: the file ended while tensor {entry.name} was read")
-    return array
+def _hash_payload(descriptor: int, header: Header, into: Mapping[str, HostArray] | None = None) -> list[bytes]:
+    """The SHA-256 of every chunk, read to where it belongs (without ``into``: to be forgotten)."""
+    chunks = _chunks(header)
+    parts = [b""] * len(chunks)
+
+    def read_and_hash(index: int) -> None:
+        chunk = chunks[index]
+        data = np.empty(chunk.end - chunk.begin, dtype=np.uint8).data if into is None else _bytes_of(into, chunk)
+        count = disk.read_at(descriptor, data, header.payload_start + chunk.entry.begin + chunk.begin)
+        parts[index] = hashlib.sha256(data[:count]).digest()
+
+    parallel.for_each(len(chunks), read_and_hash)
+    return parts
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[list[_Entry], dict[str, str], int]:
-    """Entries in payload order, metadata without the header digest, and where the payload begins; all checked."""
-
-    def damaged(reason: str) -> CheckpointError:
-        return CheckpointError(f"{path}: not a whole checkpoint: {reason}")
-
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise damaged(f"the header's length ({length} bytes) does not fit a file of {size} bytes")
-    text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise damaged(f"the header is not JSON ({error})") from error
-    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged("the header has no __metadata__ of strings")
-    if "header_digest" not in metadata or "digests" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of oxidizr_ref (it holds no digests)")
-    _check_header_digest(prefix + text, metadata.pop("header_digest"), damaged)
-    entries = _check_entries(header, size - 8 - length, damaged)
-    return entries, metadata, 8 + length
-
-
-def _check_header_digest(header: bytes, stored: str, damaged: Callable[[str], CheckpointError]) -> None:
-    field = _header_digest_field(stored)
-    if not re.fullmatch("[0-9a-f]{64}", stored) or header.count(field) != 1:
-        raise damaged("the header's digest is malformed")
-    if hashlib.sha256(header.replace(field, _header_digest_field(_NO_DIGEST))).hexdigest() != stored:
-        raise damaged("the header was changed (its SHA-256 is not the stored one)")
-
-
-def _check_entries(header: dict[str, Any], payload: int, damaged: Callable[[str], CheckpointError]) -> list[_Entry]:
-    entries = []
-    for name, fields in header.items():
-        try:
-            entries.append(_parse_entry(name, fields))
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(f"the entry of tensor {name!r} is malformed") from error
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    expected = 0
-    for entry in entries:
-        if entry.begin != expected:
-            raise damaged(f"tensor {entry.name} begins at byte {entry.begin} of the payload, not at {expected}")
-        expected = entry.end
-    if expected != payload:
-        raise damaged(f"the payload has {payload} bytes where the header describes {expected}")
-    return entries
-
-
-def _parse_entry(name: str, fields: Any) -> _Entry:
-    """One tensor's place in the payload. Raises KeyError, TypeError or ValueError for anything unexpected."""
-    if set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("unknown or missing fields")
-    begin, end = fields["data_offsets"]
-    entry = _Entry(name, _DTYPES[fields["dtype"]], tuple(fields["shape"]), begin, end)
-    if not all(type(number) is int and number >= 0 for number in (*entry.shape, begin, end)):
-        raise ValueError("not whole numbers")
-    if len(entry.shape) > _MOST_AXES or max(entry.shape, default=0) >= 2**63:
-        raise ValueError("no array has this shape")
-    if math.prod(entry.shape) * entry.dtype.itemsize != end - begin:
-        raise ValueError("shape and offsets disagree")
-    return entry
-
-
-def _digests_in(text: str, tensors: Mapping[str, HostArray], path: Path) -> dict[str, str]:
-    try:
-        digests = json.loads(text)
-    except (ValueError, RecursionError):
-        digests = None
-    if not isinstance(digests, dict) or digests.keys() != tensors.keys():
-        raise CheckpointError(f"{path}: not a whole checkpoint: digests and tensors name different things")
-    return digests
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise ValueError("a key appears twice")
-    return names
+def _prove(header: Header, parts: Sequence[bytes], path: Path) -> None:
+    found = _combine(header, _chunks(header), parts)
+    for entry in header.entries:
+        if found[entry.name] != header.digests[entry.name]:
+            where = f"tensor {entry.name}, up to byte {header.payload_start + entry.end}, is not what was written"
+            raise damaged(path, header.payload_start + entry.begin, f"{where} (its SHA-256 is not the stored one)")

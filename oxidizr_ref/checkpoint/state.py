@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oxidizr_ref.backend import Array, to_host
-from oxidizr_ref.checkpoint.format import FORMAT_VERSION, Checkpoint
+from oxidizr_ref.checkpoint.format import Checkpoint
+from oxidizr_ref.checkpoint.header import FORMAT_VERSION
 from oxidizr_ref.config import canonical_json, config_differences
 from oxidizr_ref.errors import CheckpointError, MismatchError
 from oxidizr_ref.version import NUMERICS_VERSION
@@ -97,9 +98,6 @@ def to_file(state: RunState) -> tuple[dict[str, Any], dict[str, str]]:
 def from_file(file: Checkpoint, where: object) -> RunState:
     """The state inside a verified file. Raises CheckpointError (naming ``where``) when it is not a training state."""
     try:
-        version = int(file.metadata["format_version"])
-        if version > FORMAT_VERSION:
-            raise CheckpointError(f"{where}: format version {version} is newer than this package reads ({FORMAT_VERSION})")
         parts = {key: json.loads(file.metadata[key]) for key in _JSON_KEYS}
         progress = parts.pop("progress")
         state = RunState(
@@ -111,7 +109,7 @@ def from_file(file: Checkpoint, where: object) -> RunState:
             **parts,
         )
         consistent = state.progress() == progress
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(f"{where}: holds no training state of this format ({error!r})") from error
     if not consistent:
         raise CheckpointError(f"{where}: epoch or tokens_seen do not follow from its cursor: {progress}")

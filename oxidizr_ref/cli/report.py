@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from oxidizr_ref.checkpoint.disk import free_bytes
 from oxidizr_ref.memory import estimate_memory, resident_bytes
-from oxidizr_ref.trainer import Record, Reporter
+from oxidizr_ref.run import Record, Reporter
 
 if TYPE_CHECKING:
     from oxidizr_ref.trainer import Trainer
@@ -101,15 +102,25 @@ def megabytes(count: int) -> str:
 
 
 def _introduction(trainer: Trainer) -> str:
-    """What is about to be trained, and the memory that takes."""
+    """What is about to be trained, the memory that takes, and the disk."""
     model, estimate = trainer.config.model, estimate_memory(trainer.config)
-    parts = ("parameters", "gradients", "moments", "activations", "logits")
-    detail = ", ".join(f"{name} {megabytes(getattr(estimate, name))}" for name in parts)
+    parts = ("parameters", "gradients", "moments", "activations", "logits", "snapshot")
+    sizes = {name: getattr(estimate, name) for name in parts}
+    detail = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items() if size)
     return (
         f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
         f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
-        f"memory: about {megabytes(estimate.total)} ({detail})"
+        f"memory: about {megabytes(estimate.total)} ({detail})\n{_disk(trainer)}"
     )
+
+
+def _disk(trainer: Trainer) -> str:
+    """What checkpoints take and what there is, with a warning where that cannot go well."""
+    more, free = trainer.most_bytes_more(), free_bytes(trainer.store.directory)
+    text = f"checkpoints: {megabytes(trainer.file_size())} a file, at most {megabytes(more)} more; {megabytes(free)} free"
+    if more > free:
+        text += "\nwarning: they will not fit; a larger save_interval, fewer --max-checkpoints or --dtype bf16 needs less"
+    return text
 
 
 def _numbers(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -13,18 +14,20 @@ import typer
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device
-from oxidizr_ref.checkpoint.format import read_metadata
+from oxidizr_ref.checkpoint.format import read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE
-from oxidizr_ref.checkpoint.store import CheckpointStore
+from oxidizr_ref.checkpoint.store import existing
 from oxidizr_ref.cli.report import make_reporter, megabytes
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
 from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.memory import available_bytes, estimate_memory
 from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.run import Reporter, RunOptions
 from oxidizr_ref.sampling import sample_tokens
 from oxidizr_ref.signals import Signals
-from oxidizr_ref.trainer import Reporter, RunOptions, Trainer, open_data
+from oxidizr_ref.trainer import Trainer, open_data
 
+_STARTED = time.monotonic()  # what --time-limit counts from, but for the start of the interpreter
 DEFAULT_CONFIG = "nano-start"
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 300, 0.6
 
@@ -173,6 +176,7 @@ def train(
         strict=strict,
         prefetch=prefetch,
         time_limit=time_limit,
+        began=_STARTED,
     )
     return _run(run_config, options, reporter, device)
 
@@ -229,10 +233,9 @@ def _config(source: str | None, resume: str | None, settings: list[str], flags: 
     if source is not None or resume in (None, "auto"):
         return load_config(source or DEFAULT_CONFIG, settings, flags)
     path = Path(resume or "")
-    CheckpointStore(path.parent).resolve(str(path))  # it must be there
     try:
-        inside = json.loads(read_metadata(path)["config"])
-    except KeyError:
+        inside = json.loads(read_header(existing(path, path.parent)).metadata["config"])
+    except (KeyError, ValueError, RecursionError):
         raise CheckpointError(f"{path}: holds no config; give it with -f CONFIG") from None
     _fill_in_what_changes_no_bits(inside, path.parent)
     config = Config.from_canonical(inside, settings, flags)

@@ -1,0 +1,59 @@
+"""A run from outside: how it is to be carried out, what it tells while it goes on, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from oxidizr_ref.trainer import Trainer
+
+#: The metrics of one step.
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. Nothing here but ``init_from`` changes a bit of a checkpoint.
+
+    resume: a path, ``auto``, or None for a fresh start. init_from: a checkpoint whose weights a fresh run starts with.
+    time_limit: seconds, counted from ``began`` (of `time.monotonic`; None: when `fit` is called), within which the run saves
+    and ends. See the command line's help for the others.
+    """
+
+    resume: str | None = None
+    init_from: Path | None = None
+    overwrite: bool = False
+    allow_mismatch: frozenset[str] = frozenset()
+    strict: bool = False
+    prefetch: int = 0
+    time_limit: float | None = None
+    began: float | None = None
+
+
+class Reporter:
+    """What a run tells while it goes on. This one keeps silent; the command line's draw a bar or print JSON."""
+
+    def notice(self, text: str) -> None:
+        """Something the user should know, in one line."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """Training starts, or continues, at ``trainer.step``."""
+
+    def step(self, record: Record, logged: bool) -> None:
+        """A step was done; ``logged``: it is one that goes to the metrics."""
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+
+    def end(self) -> None:
+        """The run is over, well or not."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `Trainer.fit` ended: the signal that stopped it (None: by itself) and the held-out loss (None: none held out)."""
+
+    stopped_by: int | None = None
+    eval_loss: float | None = None
