@@ -24,7 +24,9 @@ from typing import BinaryIO, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from oxidizr_ref import parallel, rng
+from oxidizr_ref import data_facts, parallel, rng
+from oxidizr_ref.config import Config
+from oxidizr_ref.data_facts import Facts
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.tokenizers import Tokenizer, get_tokenizer
 
@@ -84,16 +86,21 @@ class TokenStream:
         It sees tokens only: a text and the ``.bin`` made of it, or the same tokens in several parts, have one digest.
         All cores hash; the chunks and their order are the stream's, so the digest does not depend on the cores.
         """
+        return self.facts().digest
 
+    def facts(self) -> Facts:
+        """Digest and largest token id (-1: no token). Reads the whole stream once."""
         chunks = parallel.tiles(len(self), _CHUNK_TOKENS)
         digests = [b""] * len(chunks)
+        largest = [-1] * len(chunks)
 
-        def hash_chunk(index: int) -> None:
+        def read_chunk(index: int) -> None:
             chunk = np.ascontiguousarray(self.read(*chunks[index]), dtype="<u4")
             digests[index] = hashlib.sha256(chunk.data).digest()
+            largest[index] = int(np.max(chunk))
 
-        parallel.for_each(len(chunks), hash_chunk)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        parallel.for_each(len(chunks), read_chunk)
+        return Facts(hashlib.sha256(b"".join(digests)).hexdigest(), max(largest, default=-1))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError naming the first token id that is not below ``vocab_size``. Reads the whole stream once."""
@@ -341,3 +348,30 @@ class BatchLoader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: the tokens, their digest, the tokenizer that made them, and the windows they are cut into."""
+
+    stream: TokenStream
+    digest: str
+    tokenizer: Tokenizer
+    windows: Windows
+
+
+def open_data(config: Config) -> TrainingData:
+    """The data that a config names, checked against it. Raises DataError for what cannot be trained on."""
+    m, t = config.model, config.trainer
+    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
+    stream, tokenizer = open_stream(paths, config.data.tokenizer, vocab_size=m.vocab_size, seed=t.seed)
+    if paths and all(Path(path).suffix == ".bin" for path in paths):  # large, and read here only to be known
+        facts = data_facts.remembered([Path(path) for path in paths], stream.facts)
+    else:
+        facts = stream.facts()
+    if facts.largest >= m.vocab_size:
+        stream.check_vocabulary(m.vocab_size)
+    return TrainingData(stream, facts.digest, tokenizer, Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle))

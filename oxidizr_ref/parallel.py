@@ -14,7 +14,6 @@ import contextvars
 import ctypes
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,8 +50,6 @@ _keep_freed_memory()
 ELEMENTS = 65536
 #: Elements of one piece inside a tile: a few float32 temporaries of this size stay in a core's L2 cache.
 CACHED = 16384
-#: The niceness of work in the background: the lowest priority there is.
-_IDLE_PRIORITY = 19
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
 SMALL_PRODUCT = 1 << 23
 
@@ -155,13 +152,10 @@ def _call_helpers(count: int, task: Callable[[], object]) -> None:
 
 
 @contextmanager
-def in_background() -> Iterator[None]:
-    """Inside this context this thread works alone, taking no other thread's turn, and where the system can, only when a
-    core has nothing better to do (on Linux a thread has a priority of its own)."""
+def alone() -> Iterator[None]:
+    """Inside this context this thread does all its tiles itself, and leaves the other threads to whoever else has work."""
     before = getattr(_inside_a_tile, "flag", False)
     _inside_a_tile.flag = True
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _IDLE_PRIORITY)
     try:
         yield
     finally:

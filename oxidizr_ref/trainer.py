@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +27,15 @@ from oxidizr_ref.checkpoint.saver import Saver
 from oxidizr_ref.checkpoint.state import RunState
 from oxidizr_ref.checkpoint.store import CheckpointStore, Found, Retention
 from oxidizr_ref.config import Config
-from oxidizr_ref.data import Batch, BatchLoader, TokenStream, Windows, open_stream
+from oxidizr_ref.data import Batch, BatchLoader, TrainingData, open_data
 from oxidizr_ref.errors import SaveError, TrainingError, UsageError
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
 from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions
 from oxidizr_ref.signals import Signals
-from oxidizr_ref.tokenizers import Tokenizer
 
 Gradients = dict[str, Array]
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads: the tokens, the tokenizer that made them, and the windows they are cut into."""
-
-    stream: TokenStream
-    tokenizer: Tokenizer
-    windows: Windows
-
-
-def open_data(config: Config) -> TrainingData:
-    """The data that a config names, checked against it. Raises DataError for what cannot be trained on."""
-    m, t = config.model, config.trainer
-    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
-    stream, tokenizer = open_stream(paths, config.data.tokenizer, vocab_size=m.vocab_size, seed=t.seed)
-    stream.check_vocabulary(m.vocab_size)
-    return TrainingData(stream, tokenizer, Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle))
 
 
 #: Bytes a second that a disk will surely write: what a time limit reserves for a save before one was measured.
@@ -82,7 +63,7 @@ class Trainer:
         self.options, self.reporter = options or RunOptions(), reporter or Reporter()
         data = data or open_data(config)
         self.tokenizer, self.windows = data.tokenizer, data.windows
-        self._data_identity = {"digest": data.stream.digest(), "tokens": len(data.stream)}
+        self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
         self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
         self.store = CheckpointStore(Path(t.checkpoint_dir), Retention(t.max_checkpoints, t.keep_every, t.keep_best))
         self.saver = Saver(self.store, background=t.async_save)

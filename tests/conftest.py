@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ from hypothesis import settings
 settings.register_profile("short", deadline=None, derandomize=True, print_blob=True, max_examples=30)
 settings.register_profile("long", deadline=None, print_blob=True, max_examples=3000)
 settings.load_profile("short")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test writes to, or believes, the caches of whoever runs it."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(autouse=True)

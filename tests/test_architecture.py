@@ -32,6 +32,7 @@ FLOORS: dict[str, int | str] = {
     "config": 0,
     "config_keys": 0,
     "config_yaml": 0,
+    "data_facts": 0,
     "tokenizers": 0,
     "fingerprint": 0,
     "autograd": 1,

@@ -18,6 +18,7 @@ import tiny
 import typer
 import yaml
 
+from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.cli import main as cli_main
 from oxidizr_ref.version import __version__
 
@@ -260,17 +261,17 @@ def test_a_directory_or_an_unknown_tokenizer_as_data_is_refused(run: tiny.Run, r
 
 
 @contextmanager
-def failing(method: str, path: Path, error: type[OSError]) -> Iterator[None]:
-    """Inside this context a method of `Path` raises an error for one path (root ignores permission bits)."""
-    original = getattr(Path, method)
+def failing(owner: Any, function: str, path: Path) -> Iterator[None]:
+    """Inside this context a function refuses one path (root ignores permission bits)."""
+    original = getattr(owner, function)
 
-    def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self == path:
-            raise error(13, "Permission denied", str(self))
-        return original(self, *args, **kwargs)
+    def fail(first: Path, *args: Any, **kwargs: Any) -> Any:
+        if first == path:
+            raise PermissionError(13, "Permission denied", str(first))
+        return original(first, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, method, fail)
+        patch.setattr(owner, function, fail)
         yield
 
 
@@ -284,19 +285,19 @@ def test_a_checkpoint_directory_that_is_a_file_is_refused(
     assert f"checkpoint directory {where}: " in message and "--checkpoint-dir" in message
 
 
-@pytest.mark.parametrize("method", ["mkdir", "iterdir"])
-def test_a_checkpoint_directory_that_may_not_be_used_is_refused(run: tiny.Run, refused: Refusal, method: str) -> None:
-    if method == "iterdir":
+@pytest.mark.parametrize("function", ["make_directory", "names"])
+def test_a_checkpoint_directory_that_may_not_be_used_is_refused(run: tiny.Run, refused: Refusal, function: str) -> None:
+    if function == "names":
         run.directory.mkdir()
     for resume in ((), ("--resume", "auto"), ("--overwrite",)):
-        message = refused(*run.argv(*resume), during=failing(method, run.directory, PermissionError))
+        message = refused(*run.argv(*resume), during=failing(disk, function, run.directory))
         assert str(run.directory) in message and "Permission denied" in message
 
 
 @pytest.mark.parametrize("what", ["config", "text"])
 def test_a_file_that_may_not_be_read_is_refused(run: tiny.Run, refused: Refusal, what: str) -> None:
     path = run.config if what == "config" else run.text
-    message = refused(*run.argv(), during=failing("open", path, PermissionError))
+    message = refused(*run.argv(), during=failing(Path, "open", path))
     assert path.name in message and "ermission" in message
 
 
@@ -395,10 +396,10 @@ def test_a_file_that_is_no_checkpoint_is_refused_with_exit_code_1(
     before = tiny.snapshot(run.root)
     assert run.train(flag, run.text) == 1
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith(f"error: {run.text}: not a whole checkpoint") and err.count("error: ") == 1
+    assert err.splitlines()[-1].startswith(f"error: {run.text}: damaged at or after byte 0") and err.count("error: ") == 1
     assert tiny.snapshot(run.root) == before
     assert tiny.cli("train", "--resume", run.text) == 1
-    assert "not a whole checkpoint" in capsys.readouterr().err
+    assert "no checkpoint, or one cut short" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- bad input: usage

@@ -327,7 +327,7 @@ def test_a_kill_at_any_rename_while_a_branch_is_moved_never_lets_auto_jump_back(
         if len(renamed) < fatal:
             break
     moves = [name for name in renamed if "superseded" in name]
-    assert len(renamed) < fatal and len(moves) == 2, "it came beyond all renames"
+    assert len(renamed) < fatal and len(moves) == 3, "it came beyond all renames: two files, their metrics"
     assert renamed.index("run.json") < renamed.index(moves[0]), "noted before it is done"
 
 
@@ -393,7 +393,7 @@ def test_a_changed_rate_goes_on_with_one_line_and_one_lineage_entry(
     assert lines == ["config changed at step 30: trainer.learning_rate 0.01 → 0.02, trainer.weight_decay 0.01 → 0.1"]
     (entry,) = tiny.lineage(again.path(40))
     assert entry["step"] == 30
-    inside = json.loads(format.read_metadata(done.path(30))["config"])
+    inside = json.loads(format.read_header(done.path(30)).metadata["config"])
     canonical = json.dumps(inside, sort_keys=True, separators=(",", ":"), allow_nan=False)
     assert entry["config"] == hashlib.sha256(canonical.encode()).hexdigest()
     assert tiny.lineage(done.path(40)) == []
@@ -547,22 +547,69 @@ def test_a_step_made_anew_with_the_same_bytes_is_fine(done: tiny.Run, copied: ti
 def test_a_file_named_after_another_step_is_damage(copied: tiny.Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(copied.path(20), copied.path(50))
     before = tiny.snapshot(copied.root)
-    for wish in ("auto", copied.path(50)):
-        assert copied.train("--resume", wish, "--max-steps", 60) == 1
-        message = error_of(capsys)
-        assert "step_50" in message and "holds step 20" in message
-        assert tiny.snapshot(copied.root) == before
+    assert copied.train("--resume", copied.path(50), "--max-steps", 60) == 1
+    message = error_of(capsys)
+    assert "step_50" in message and "holds step 20" in message
+    assert tiny.snapshot(copied.root) == before
+    assert copied.train("--resume", "auto") == 0
+    err = capsys.readouterr().err
+    assert "holds step 20; moved to" in err and first_step_of(err) == 40
+    assert tiny.sha256(copied.directory / "quarantine/step_50.1.safetensors") == tiny.sha256(copied.path(20))
 
 
-def test_a_damaged_file_is_refused_and_nothing_is_touched(copied: tiny.Run, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = bytearray(copied.path(40).read_bytes())
+def flip_last_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
-    copied.path(40).write_bytes(raw)
+    path.write_bytes(raw)
+
+
+def test_auto_falls_back_to_the_newest_whole_file_and_puts_damaged_ones_into_quarantine(
+    done: tiny.Run, copied: tiny.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (30, 40):
+        flip_last_bit(copied.path(step))
+    damaged = {step: tiny.sha256(copied.path(step)) for step in (30, 40)}
+    capsys.readouterr()
+    assert copied.train("--resume", "auto") == 0
+    out, err = capsys.readouterr()
+    assert first_step_of(err) == 20 and steps_run(out) == list(range(21, 41))
+    for step, number in ((40, 1), (30, 2)):
+        moved = copied.directory / f"quarantine/step_{step}.{number}.safetensors"
+        assert tiny.sha256(moved) == damaged[step]
+        assert any(f"step_{step}.safetensors: damaged" in line and str(moved) in line for line in err.splitlines())
+    assert tiny.step_files(copied.directory) == tiny.step_files(done.directory)
+    assert copied.metrics() == done.metrics()
+
+
+def test_a_refused_resume_moves_nothing_into_quarantine(copied: tiny.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_last_bit(copied.path(40))
     before = tiny.snapshot(copied.root)
-    for extra in ((), ("--set", "trainer.learning_rate=1e-3"), ("--max-steps", 60)):
-        assert copied.train("--resume", "auto", *extra) == 1
-        assert "step_40" in error_of(capsys)
+    assert copied.train("--resume", "auto", "--seed", 9) == 2
+    assert "seed" in error_of(capsys)
+    assert copied.train("--resume", copied.path(40)) == 1
+    assert "step_40" in error_of(capsys)
+    assert tiny.snapshot(copied.root) == before
+
+
+def test_auto_never_starts_over_because_every_file_is_damaged(copied: tiny.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in copied.steps():
+        flip_last_bit(copied.path(step))
+    before = tiny.snapshot(copied.root)
+    for _ in range(2):  # as a job that is started again and again would
+        assert copied.train("--resume", "auto") == 1
+        assert "no step file" in error_of(capsys)
         assert tiny.snapshot(copied.root) == before
+
+
+def test_a_damaged_file_under_the_name_that_is_about_to_be_written_is_put_away(
+    done: tiny.Run, copied: tiny.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    until(copied, 20)
+    with tiny.after_step(30, lambda: copied.path(30).write_bytes(b"not a checkpoint")):
+        assert copied.train("--resume", "auto") == 0
+    assert "quarantine/step_30.1.safetensors" in capsys.readouterr().err
+    assert (copied.directory / "quarantine/step_30.1.safetensors").read_bytes() == b"not a checkpoint"
+    assert tiny.step_files(copied.directory) == tiny.step_files(done.directory)
 
 
 TAMPERED: dict[str, Callable[[dict[str, Any], dict[str, str]], object]] = {
@@ -905,10 +952,12 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_what_helps(
 
     monkeypatch.setattr(format, "save", full)
     assert run.train() == 1
-    message = error_of(capsys)
-    assert f"{run.path(2)}: cannot be written (No space left on device)" in message
-    assert "larger save_interval" in message and "--max-checkpoints" in message
-    assert not run.steps()
+    _, err = capsys.readouterr()
+    told = [line for line in err.splitlines() if "cannot be written (No space left on device)" in line]
+    assert [str(run.path(step)) in line for step, line in zip((2, 3, 3), told, strict=True)] == [True] * 3
+    assert "training goes on" in told[0] and told[-1].startswith("error: ")
+    assert all("larger save_interval" in line and "--max-checkpoints" in line for line in told)
+    assert not run.steps() and [line["step"] for line in run.metrics()] == [1, 2, 3]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

@@ -18,7 +18,7 @@ import numpy as np
 from trigram import trigram_loss
 
 from oxidizr_ref.config import load_config
-from oxidizr_ref.trainer import open_data
+from oxidizr_ref.data import open_data
 
 PICTURE = Path(__file__).parents[1] / "images" / "nano-start-loss.png"
 

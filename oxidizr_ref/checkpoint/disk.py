@@ -125,10 +125,13 @@ def flush(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def forget_cached(descriptor: int) -> None:
-    """Ask the system to drop a flushed file from its cache, so that reading it again asks the disk."""
+def forget_cached(descriptor: int, offset: int = 0, count: int = 0) -> None:
+    """Ask the system to drop a part of a file (0, 0: all of it) from its cache, so that reading it again asks the disk.
+
+    A part that was just written is only begun to be brought to the disk, which is what makes the `flush` at the end short.
+    """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def close(descriptor: int) -> None:

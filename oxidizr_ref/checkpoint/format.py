@@ -123,8 +123,10 @@ def _write(descriptor: int, planned: Header, tensors: Mapping[str, HostArray]) -
     def hash_and_write(index: int) -> None:
         chunk = chunks[index]
         data = _bytes_of(tensors, chunk)
+        offset = planned.payload_start + chunk.entry.begin + chunk.begin
         parts[index] = hashlib.sha256(data).digest()
-        disk.write_at(descriptor, data, planned.payload_start + chunk.entry.begin + chunk.begin)
+        disk.write_at(descriptor, data, offset)
+        disk.forget_cached(descriptor, offset, len(data))  # the disk begins to write while the next chunk is hashed
 
     parallel.for_each(len(chunks), hash_and_write)
     header = headers.encode(planned, _combine(planned, chunks, parts))

@@ -156,7 +156,9 @@ def read(descriptor: int, path: Path) -> Header:
     prefix = _read_exactly(descriptor, 0, min(8, size))
     length = int.from_bytes(prefix, "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        reason = f"a header of {length} bytes does not fit a file of {size} (and may have {MAX_HEADER_BYTES} at most)"
+        reason = (
+            f"its first 8 bytes promise a header of {length} bytes, in a file of {size}: no checkpoint, or one cut short"
+        )
         raise damaged(path, 0, reason)
     text = _read_exactly(descriptor, 8, length)
     try:

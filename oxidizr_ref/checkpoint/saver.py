@@ -78,7 +78,7 @@ class Saver:
         return self._copies
 
     def _write_in_background(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        with parallel.in_background():
+        with parallel.alone():
             try:
                 self._write(step, tensors, metadata)
             except BaseException as error:  # raised where somebody hears it, by `finished`

@@ -98,6 +98,8 @@ def to_file(state: RunState) -> tuple[dict[str, Any], dict[str, str]]:
 def from_file(file: Checkpoint, where: object) -> RunState:
     """The state inside a verified file. Raises CheckpointError (naming ``where``) when it is not a training state."""
     try:
+        if not 1 <= int(file.metadata["format_version"]) <= FORMAT_VERSION:
+            raise ValueError("a format version that never was")
         parts = {key: json.loads(file.metadata[key]) for key in _JSON_KEYS}
         progress = parts.pop("progress")
         state = RunState(

@@ -8,8 +8,11 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
+from oxidizr_ref.cli.diff import diff
+from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.train import train
+from oxidizr_ref.cli.verify import verify
 from oxidizr_ref.errors import ConfigError, OxidizrError
 from oxidizr_ref.version import __version__
 
@@ -23,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(inspect)
+app.command()(verify)
+app.command()(diff)
 app.command()(selftest)
 
 

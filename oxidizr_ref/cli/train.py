@@ -19,13 +19,14 @@ from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.checkpoint.store import existing
 from oxidizr_ref.cli.report import make_reporter, megabytes
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
+from oxidizr_ref.data import open_data
 from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.memory import available_bytes, estimate_memory
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import Reporter, RunOptions
 from oxidizr_ref.sampling import sample_tokens
 from oxidizr_ref.signals import Signals
-from oxidizr_ref.trainer import Trainer, open_data
+from oxidizr_ref.trainer import Trainer
 
 _STARTED = time.monotonic()  # what --time-limit counts from, but for the start of the interpreter
 DEFAULT_CONFIG = "nano-start"
