@@ -78,7 +78,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path: Path) 
 
     def find_out() -> Facts:
         calls.append(1)
-        old_file(file, b"5678" * len(calls))
+        old_file(file, b"5678" * (1 + len(calls)))
         return Facts("cd" * 32, 1)
 
     for _ in range(2):
