@@ -248,16 +248,15 @@ class Trainer:
             return
         bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
         self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
-        started = time.perf_counter()
         self.saver.save(self.step, *state.to_file(self._state()))
         self._last_save = self.step
         self._tell_of_saves()
-        self._longest["save"] = max(self._longest["save"], time.perf_counter() - started)
 
     def _tell_of_saves(self, wait: bool = False) -> None:
         """Report the saves that ended since the last time, and what the store noticed."""
         for save in self.saver.finished(wait):
             self._not_saved = save.error
+            self._longest["save"] = max(self._longest["save"], save.seconds)
             if save.error is None:
                 self.reporter.saved(save.path)
             else:
@@ -275,11 +274,11 @@ class Trainer:
             self._not_logged = error
 
     def _time_is_up(self, began: float) -> bool:
-        """Whether another step, and then a save, might take longer than what is left of the time limit."""
+        """Whether another step, and then the saves under way and due, might take longer than what is left of the limit."""
         if self.options.time_limit is None:
             return False
-        save = max(self._longest["save"], self.file_size() / _SLOW_DISK)
-        return time.monotonic() - began + 1.5 * (self._longest["step"] + save) >= self.options.time_limit
+        saves = (2 if self.config.trainer.async_save else 1) * max(self._longest["save"], self.file_size() / _SLOW_DISK)
+        return time.monotonic() - began + 1.5 * (self._longest["step"] + saves) >= self.options.time_limit
 
     def file_size(self) -> int:
         """Bytes of a checkpoint of this run, but for the padding of a header in which a number has more or fewer digits."""

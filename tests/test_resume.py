@@ -706,6 +706,36 @@ def test_a_time_limit_saves_and_ends_with_0_and_auto_goes_on(
     assert again.metrics() == done.metrics()
 
 
+@pytest.mark.parametrize("flags", [(), ("--set", "trainer.async_save=true")], ids=["at once", "in the background"])
+@pytest.mark.parametrize("limit", [30, 60, 100])
+def test_a_run_saves_and_ends_within_its_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, flags: tuple[str, ...]
+) -> None:
+    """On a clock of its own, on which a step takes 7 seconds and a save 5."""
+    now = [1000.0]
+    monkeypatch.setattr("oxidizr_ref.cli.train._STARTED", now[0] - 3)  # loading took 3 seconds
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(f"oxidizr_ref.trainer.time.{name}", lambda: now[0])
+    step, save = Trainer.train_step, format.save
+
+    def slow_step(*arguments: Any) -> Any:
+        now[0] += 7
+        return step(*arguments)
+
+    def slow_save(*arguments: Any) -> None:
+        now[0] += 5
+        save(*arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", slow_step)
+    monkeypatch.setattr(format, "save", slow_save)
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 40, "save_interval": 3})
+    assert run.train("--time-limit", limit, *flags) == 0
+    taken = now[0] - 1000 + 3
+    last = run.metrics()[-1]["step"]
+    assert run.steps()[-1] == last > 0 and taken <= limit
+    assert taken > limit / 2, "it did not give up much earlier than it had to"
+
+
 def test_a_time_limit_of_0_makes_no_file_and_does_not_say_that_it_did(
     done: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -314,11 +314,11 @@ def words(value: Any, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
 
 
-def short(number: Number | None) -> str:
-    """Three significant digits, eight characters or nine: ``0.0123``, ``1.23e-5``; ``-`` for none."""
+def short(number: Number | None, digits: int = 3) -> str:
+    """A few significant digits: ``0.0123``, ``1.23e-5``; ``-`` for none."""
     if number is None:
         return "-"
-    mantissa, e, exponent = f"{number:{'.2e' if 0 < abs(number) < 1e-3 else '.3g'}}".partition("e")
+    mantissa, e, exponent = (f"{number:.{digits - 1}e}" if 0 < abs(number) < 1e-3 else f"{number:.{digits}g}").partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 

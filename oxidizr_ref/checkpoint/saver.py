@@ -7,6 +7,7 @@ the next one waits for it, and none is ever skipped.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from oxidizr_ref.errors import SaveError
 
 @dataclass(frozen=True)
 class Save:
-    """How the save of a step ended: with a file, or (``error``) without."""
+    """How the save of a step ended: with a file, or (``error``) without; and how long it took."""
 
     step: int
     path: Path
+    seconds: float
     error: SaveError | None = None
 
 
@@ -85,9 +87,9 @@ class Saver:
                 self._finished.append(error)
 
     def _write(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        began, error = time.perf_counter(), None
         try:
-            path = self._store.save(step, tensors, metadata)
-        except SaveError as error:
-            self._finished.append(Save(step, self._store.path(step), error))
-        else:
-            self._finished.append(Save(step, path))
+            self._store.save(step, tensors, metadata)
+        except SaveError as refused:
+            error = refused
+        self._finished.append(Save(step, self._store.path(step), time.perf_counter() - began, error))

@@ -166,7 +166,7 @@ def _natural(group: str) -> tuple[str, int, str]:
 def _range(numbers: Numbers) -> str:
     if numbers.not_finite:
         return f"{counted(numbers.not_finite)} not finite!"
-    return f"{short(numbers.smallest)} .. {short(numbers.largest)}" if numbers.elements else "-"
+    return f"{short(numbers.smallest, 2)} .. {short(numbers.largest, 2)}" if numbers.elements else "-"
 
 
 def _totals(contents: Contents) -> Table:
