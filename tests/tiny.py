@@ -326,7 +326,10 @@ def tiled_functions() -> set[str]:
         if path.name != "parallel.py":
             walk(ast.parse(path.read_text(encoding="utf-8")), path.relative_to(PACKAGE).as_posix(), (), False)
     # Hashing in chunks of 4 MiB and copying are exact, however they are cut: no run here needs three pieces of each.
-    return found - {"data.py:TokenStream.facts", "checkpoint/format.py:describe", "checkpoint/saver.py:Saver._copy"}
+    exact = {"data.py:TokenStream.facts", "checkpoint/format.py:describe", "checkpoint/saver.py:Saver._copy"}
+    # Looking into files is no part of a run; its own tests cut it small.
+    looking = {"checkpoint/contents.py:numbers_of", "checkpoint/difference.py:distance"}
+    return found - exact - looking
 
 
 @contextmanager

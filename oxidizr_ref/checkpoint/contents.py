@@ -1,7 +1,7 @@
 """What a checkpoint holds, in numbers and words for people. Nothing here writes, locks, or believes what it reads.
 
 A file is mapped and read a few MiB at a time, so that a file larger than memory can be looked into. Its metadata may have
-been written by anybody (the library saves any strings): what is shown of it goes through `printable`.
+been written by anybody (the library saves any strings): whoever shows them must see to it that they are printable.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def step_files(directory: Path) -> list[Path]:
     store = CheckpointStore(directory)
     steps = store.steps()
     if not steps:
-        raise UsageError(f"{printable(str(directory))}: holds no step files; give a file, or another directory")
+        raise UsageError(f"{directory}: holds no step files; give a file, or another directory")
     return [store.path(step) for step in steps]
 
 
@@ -54,7 +54,7 @@ def must_exist(path: Path) -> Path:
         return path
     beside = CheckpointStore(path.parent)
     there = f"; {beside.describe()}" if path.parent.is_dir() and beside.steps() else ""
-    raise UsageError(printable(f"{path}: no such file or directory{there}"))
+    raise UsageError(f"{path}: no such file or directory{there}")
 
 
 def file_meant(path: Path) -> Path:
@@ -78,10 +78,10 @@ def step_inside(path: Path, header: Header) -> int | None:
 
     Raises DamagedError when its name says another step, and CheckpointError when its name does and the inside does not.
     """
+    if _is_named_after_a_step(path):
+        check_name(path, header.metadata)
     progress = parsed_metadata(header.metadata).get("progress")
     step = progress.get("step") if isinstance(progress, Mapping) else None
-    if type(step) is int or _is_named_after_a_step(path):
-        check_name(path, header.metadata)
     return step if type(step) is int else None
 
 
@@ -295,52 +295,6 @@ def _is_shallow(value: Any, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return True
     return levels > 0 and all(_is_shallow(part, levels - 1) for part in (value.values() if type(value) is dict else value))
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """``text`` with everything that could command a terminal, or cannot be written to one, as ``\\x1b`` and the like."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def words(value: Any, most: int | None = None) -> str:
-    """A JSON value, printable, in one line: strings bare, digests shortened, the whole cut after ``most`` characters."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
-        text = f"{text[:12]}..."
-    text = printable(text)
-    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
-
-
-def short(number: Number | None, digits: int = 3) -> str:
-    """A few significant digits: ``0.0123``, ``1.23e-5``; ``-`` for none."""
-    if number is None:
-        return "-"
-    mantissa, e, exponent = (f"{number:.{digits - 1}e}" if 0 < abs(number) < 1e-3 else f"{number:.{digits}g}").partition("e")
-    return f"{mantissa}e{int(exponent)}" if e else mantissa
-
-
-def counted(count: int) -> str:
-    """A count: exact up to seven digits."""
-    return f"{count:,}" if count < 10_000_000 else short(count)
-
-
-def size_of(count: int) -> str:
-    """A number of bytes: ``640 B``, ``16.6 kB``, ``1.2 GB``, in powers of 1000."""
-    if count < 1000:
-        return f"{count} B"
-    scaled, units = float(count), iter(("kB", "MB", "GB", "TB", "PB", "EB"))
-    unit = ""
-    while scaled >= 999.5:
-        scaled, unit = scaled / 1000, next(units)
-    return f"{scaled:.3g} {unit}"
-
-
-def of(count: int, noun: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def finite_or_none(number: Number | None) -> Number | None:

@@ -324,6 +324,8 @@ def metadata_differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[Cha
         inside = config_differences(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else []
         if inside:
             changes += [Change(f"{key}.{name}", *values) for name, *values in inside]
-        else:  # other values, or one value written in two ways
+        elif old == new:  # one value, written in two ways
+            changes.append(Change(key, a.get(key), b.get(key)))
+        else:
             changes.append(Change(key, old, new))
     return changes

@@ -320,4 +320,4 @@ def check_name(path: Path, metadata: Mapping[str, str]) -> None:
     except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{path}: does not say which step it holds") from None
     if match and int(match[1]) != inside:
-        raise DamagedError(f"{path}: named after step {match[1]}, but it holds step {inside}")
+        raise DamagedError(f"{path}: named after step {match[1]}, but it holds step {inside!r}")

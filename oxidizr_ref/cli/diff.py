@@ -11,8 +11,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from oxidizr_ref.checkpoint.contents import counted, file_meant, kind_of, of, printable, short, words
+from oxidizr_ref.checkpoint.contents import file_meant, kind_of
 from oxidizr_ref.checkpoint.difference import Change, Difference, TensorDifference, compare
+from oxidizr_ref.cli.words import counted, of, printable, short, words
 from oxidizr_ref.config import canonical_json
 
 _LONG = 60  # characters of a value that is only said to differ

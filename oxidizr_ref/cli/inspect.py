@@ -11,21 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from oxidizr_ref.checkpoint.contents import (
-    JSON_KEYS,
-    Contents,
-    Numbers,
-    counted,
-    file_meant,
-    look_into,
-    of,
-    printable,
-    short,
-    size_of,
-    total,
-    words,
-)
+from oxidizr_ref.checkpoint.contents import JSON_KEYS, Contents, Numbers, file_meant, look_into, total
 from oxidizr_ref.checkpoint.header import DTYPE_NAMES
+from oxidizr_ref.cli.words import counted, of, printable, short, size_of, words
 from oxidizr_ref.config import canonical_json
 
 _PROOF = "header proved whole; payload not verified, see `oxidizr-ref verify`"
@@ -119,7 +107,8 @@ def _origin(entry: Any) -> str:
     if entry.keys() == {"init_from"}:
         return f"init_from {_origin(entry['init_from'])}"
     first = {"step": entry["step"]} if "step" in entry else {}
-    return ", ".join(f"{words(key, 12)} {words(value, 15)[:7]}" for key, value in {**first, **entry}.items())
+    parts = {words(key, 12): words(value, 15) for key, value in {**first, **entry}.items()}
+    return ", ".join(f"{key} {text[:7] if text.endswith('...') else text}" for key, text in parts.items())
 
 
 # --- the tensors ------------------------------------------------------------------------------------------------------
@@ -171,7 +160,7 @@ def _range(numbers: Numbers) -> str:
 
 def _totals(contents: Contents) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("total", overflow="fold")
+    table.add_column("total", overflow="fold", min_width=10)
     for title in ("tensors", "numbers", "dtype", "size", "norm", ""):
         table.add_column(title, no_wrap=True, justify="right")
     for kind, names in contents.kinds().items():

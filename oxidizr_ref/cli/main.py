@@ -13,6 +13,7 @@ from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.train import train
 from oxidizr_ref.cli.verify import verify
+from oxidizr_ref.cli.words import printable
 from oxidizr_ref.errors import ConfigError, OxidizrError
 from oxidizr_ref.version import __version__
 
@@ -86,5 +87,5 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     return code

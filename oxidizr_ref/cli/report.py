@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oxidizr_ref.checkpoint.disk import free_bytes
+from oxidizr_ref.cli.words import printable_lines, size_of
 from oxidizr_ref.memory import estimate_memory, resident_bytes
 from oxidizr_ref.run import Record, Reporter
 
@@ -25,7 +26,7 @@ class HeadlessReporter(Reporter):
     """One JSON object a logged step on stdout; everything else on stderr."""
 
     def notice(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
     def begin(self, trainer: Trainer) -> None:
         self.notice(_introduction(trainer))
@@ -44,7 +45,7 @@ class PlainReporter(Reporter):
     _total = 0
 
     def notice(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
     def begin(self, trainer: Trainer) -> None:
         self.notice(_introduction(trainer))
@@ -68,7 +69,7 @@ class BarReporter(Reporter):
         self._rates, self._eval, self._shown = "", "", 0.0
 
     def notice(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, trainer: Trainer) -> None:
         self.notice(_introduction(trainer))
@@ -96,28 +97,23 @@ def make_reporter(headless: bool) -> Reporter:
     return BarReporter() if sys.stderr.isatty() else PlainReporter()
 
 
-def megabytes(count: int) -> str:
-    """A number of bytes for people, in units of 10⁶."""
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e6:.2f} MB"
-
-
 def _introduction(trainer: Trainer) -> str:
     """What is about to be trained, the memory that takes, and the disk."""
     model, estimate = trainer.config.model, estimate_memory(trainer.config)
     parts = ("parameters", "gradients", "moments", "activations", "logits", "snapshot")
     sizes = {name: getattr(estimate, name) for name in parts}
-    detail = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items() if size)
+    detail = ", ".join(f"{name} {size_of(size)}" for name, size in sizes.items() if size)
     return (
         f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
         f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
-        f"memory: about {megabytes(estimate.total)} ({detail})\n{_disk(trainer)}"
+        f"memory: about {size_of(estimate.total)} ({detail})\n{_disk(trainer)}"
     )
 
 
 def _disk(trainer: Trainer) -> str:
     """What checkpoints take and what there is, with a warning where that cannot go well."""
     more, free = trainer.most_bytes_more(), free_bytes(trainer.store.directory)
-    text = f"checkpoints: {megabytes(trainer.file_size())} a file, at most {megabytes(more)} more; {megabytes(free)} free"
+    text = f"checkpoints: {size_of(trainer.file_size())} a file, at most {size_of(more)} more; {size_of(free)} free"
     if more > free:
         text += "\nwarning: they will not fit; a larger save_interval, fewer --max-checkpoints or --dtype bf16 needs less"
     return text

@@ -17,7 +17,8 @@ from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.checkpoint.format import read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.checkpoint.store import existing
-from oxidizr_ref.cli.report import make_reporter, megabytes
+from oxidizr_ref.cli.report import make_reporter
+from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
 from oxidizr_ref.data import open_data
 from oxidizr_ref.errors import CheckpointError, UsageError
@@ -275,4 +276,4 @@ def _warn_if_too_large(config: Config, reporter: Reporter) -> None:
     needed, there = estimate_memory(config).total, available_bytes()
     if there is not None and needed > there:
         advice = "a smaller --batch-size or --seq-len, or a smaller model, needs less"
-        reporter.notice(f"warning: this run needs about {megabytes(needed)}, and {megabytes(there)} are free; {advice}")
+        reporter.notice(f"warning: this run needs about {size_of(needed)}, and {size_of(there)} are free; {advice}")

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from oxidizr_ref.checkpoint import format
-from oxidizr_ref.checkpoint.contents import must_exist, of, printable, put_away, size_of, step_files, step_inside
+from oxidizr_ref.checkpoint.contents import must_exist, put_away, step_files, step_inside
+from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.config import canonical_json
 from oxidizr_ref.errors import CheckpointError, UsageError
 
@@ -66,7 +67,7 @@ def _directory(directory: Path, files: list[Path], as_json: bool) -> bool:
     """Whether all step files of a directory are whole; prints them, and what lies beside them."""
     results = [whole for path in files if (whole := _file(path, as_json, may_be_let_go=True)) is not None]
     if not results:
-        raise UsageError(printable(f"{directory}: its step files were deleted while this command looked; try again"))
+        raise UsageError(f"{directory}: its step files were deleted while this command looked; try again")
     if not as_json:
         damage = f"{results.count(False)} not whole" if False in results else "all whole"
         beside = "".join(f"; {count} in {name}/" for name, count in put_away(directory).items() if count)
