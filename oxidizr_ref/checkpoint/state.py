@@ -100,7 +100,7 @@ def from_file(file: Checkpoint, where: object) -> RunState:
     try:
         if not 1 <= int(file.metadata["format_version"]) <= FORMAT_VERSION:
             raise ValueError("a format version that never was")
-        parts = {key: json.loads(file.metadata[key]) for key in _JSON_KEYS}
+        parts = {key: _of_the_right_kind(key, json.loads(file.metadata[key])) for key in _FIELDS}
         progress = parts.pop("progress")
         state = RunState(
             weights={name: array for name, array in file.tensors.items() if not name.startswith(_OPTIMIZER)},
@@ -118,7 +118,21 @@ def from_file(file: Checkpoint, where: object) -> RunState:
     return state
 
 
-_JSON_KEYS = ("progress", "config", "data", "tokenizer", "fingerprint", "lineage")
+#: The metadata that hold JSON objects (lineage: a list), and the keys without which they say too little.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "progress": ("step", "cursor", "windows_an_epoch"),
+    "config": ("model", "trainer", "data", "device"),
+    "data": ("digest", "tokens"),
+    "tokenizer": ("name", "digest"),
+    "fingerprint": (),
+    "lineage": (),
+}
+
+
+def _of_the_right_kind(key: str, value: Any) -> Any:
+    if not isinstance(value, list if key == "lineage" else dict) or not all(name in value for name in _FIELDS[key]):
+        raise ValueError(f"{key} is not what it should be")
+    return value
 
 
 def continue_from(
@@ -147,7 +161,7 @@ def continue_from(
             raise MismatchError(f"the checkpoint was made with other {kind}: {what}; {way} --allow-mismatch {kind}")
         if differs:
             notices.append(f"going on with other {kind}: {what}")
-    rest = _changes(changed, "trainer.", but="trainer.seed")
+    rest = _changes(changed, "trainer.", "data.", "device", but="trainer.seed")
     if rest:
         notices.append(f"config changed at step {saved.step}: {rest}")
     machine = _machine_changes(saved.fingerprint, here.fingerprint)
@@ -181,11 +195,11 @@ def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: str = "\0
 
 
 def _identity(state: RunState) -> tuple[Any, ...]:
-    return state.data["digest"], state.tokenizer["digest"]
+    return state.data, state.tokenizer
 
 
 def _describe_data(saved: RunState, here: RunState) -> str:
-    if saved.tokenizer["digest"] != here.tokenizer["digest"]:
+    if saved.tokenizer != here.tokenizer:
         return f"tokenizer {saved.tokenizer['name']} → {here.tokenizer['name']}"
     old, new = saved.data, here.data
     return f"{old['tokens']} tokens of SHA-256 {old['digest'][:12]}… → {new['tokens']} tokens of {new['digest'][:12]}…"

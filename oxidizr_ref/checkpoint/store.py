@@ -33,7 +33,7 @@ _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]{0,17})\.safetensors")
 _QUARANTINED = re.compile(r"step_[0-9]+\.([0-9]+)\.safetensors")
 #: What a writer that died may have left. Whoever holds the lock knows that no writer lives.
 _LEFTOVER = re.compile(
-    r"\.(step_[0-9]+|incoming)\.safetensors\.[0-9]+\.tmp|\.(config\.json|run\.json|metrics\.jsonl)\.tmp|"
+    r"\.(step_[0-9]+|\.incoming)\.safetensors\.[0-9]+\.tmp|\.(config\.json|run\.json|metrics\.jsonl)\.tmp|"
     + re.escape(branches.INCOMING)
 )
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
