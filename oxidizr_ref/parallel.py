@@ -15,6 +15,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -114,9 +115,11 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
     tickets = iter(range(count))  # next() on a range iterator is atomic
     errors: list[tuple[int, BaseException]] = []
     finished: SimpleQueue[None] = SimpleQueue()
+    entered: list[None] = []  # by helpers, before they take their first ticket
+    left: list[None] = []
     nested = getattr(_inside_a_tile, "flag", False)
 
-    def take_tickets(report: bool) -> int:
+    def take_tickets() -> int:
         done = 0
         _inside_a_tile.flag = True
         try:
@@ -126,17 +129,28 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
                 except BaseException as error:
                     errors.append((index, error))
                 done += 1
-                if report:
-                    finished.put(None)
         finally:
-            _inside_a_tile.flag = nested and not report
+            _inside_a_tile.flag = nested
         return done
 
-    if count > 1 and not nested:
-        _call_helpers(min(_threads, count) - 1, functools.partial(take_tickets, True))
-    # A helper that wakes up late finds no ticket left: only tiles are waited for, not helpers.
-    for _ in range(count - take_tickets(False)):
-        finished.get()
+    def help_along() -> None:
+        entered.append(None)
+        for _ in range(take_tickets()):
+            finished.put(None)
+        left.append(None)
+
+    try:
+        if count > 1 and not nested:
+            _call_helpers(min(_threads, count) - 1, help_along)
+        # A helper that wakes up late finds no ticket left: only tiles are waited for, not helpers.
+        for _ in range(count - take_tickets()):
+            finished.get()
+    except BaseException:  # Ctrl-C: nobody may still be at work on these tiles when this returns
+        for _ in tickets:
+            pass
+        while len(left) < len(entered):
+            time.sleep(0.001)
+        raise
     if errors:
         raise min(errors, key=lambda pair: pair[0])[1]
 

@@ -19,13 +19,13 @@ import safetensors.numpy
 from golden import write_format_v1
 
 from oxidizr_ref import LanguageModel, no_grad, reference
-from oxidizr_ref.checkpoint import format, state
+from oxidizr_ref.checkpoint import format, header, state
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.optim import AdamW, clip_factor, global_norm
 
 GOLDEN = Path(__file__).with_name("golden")
 LLAMA, FORMAT_V1 = GOLDEN / "llama.safetensors", GOLDEN / "format_v1.safetensors"
-FORMAT_V1_SHA256 = "57e7f724f4550ecba90d0a0413004fc67367577db90eb4963848663f0662522e"
+FORMAT_V1_SHA256 = "6aab84b3828b86b0f2f80a3399a979ea8265a9e52e647c484a2c240ddf7623bc"
 
 # --- Llama ------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ def test_the_golden_file_of_format_version_1_is_the_first_one_ever_written() -> 
 
 def test_a_file_of_format_version_1_loads_bit_for_bit() -> None:
     loaded, wanted = format.load(FORMAT_V1), write_format_v1.tensors()
-    assert loaded.metadata == write_format_v1.metadata() == format.read_metadata(FORMAT_V1)
+    assert loaded.metadata == write_format_v1.metadata() == format.read_header(FORMAT_V1).metadata
     assert loaded.tensors.keys() == wanted.keys()
     assert {array.dtype for array in wanted.values()} == {np.dtype(dtype) for dtype in write_format_v1.DTYPES.values()}
     for name, array in wanted.items():
@@ -130,10 +130,13 @@ def test_a_file_of_format_version_1_holds_the_training_state_that_was_written() 
     assert found.progress() == {"step": 12, "cursor": 96, "windows_an_epoch": 40, "epoch": 2, "tokens_seen": 768}
     assert found.optimizer.keys() == {"exp_avg.embed_tokens.weight", "exp_avg_sq.embed_tokens.weight"}
     assert {"embed_tokens.weight", "norm.weight"} <= found.weights.keys()
-    assert found.tokenizer["vocabulary"] == "aé🦀" and found.config["trainer"] == {"learning_rate": 3e-4, "seed": 1}
+    assert found.tokenizer["vocabulary"] == "aé🦀"
+    assert found.config["device"] == "cpu" and found.config["data"] == {"tokenizer": "char"}
+    assert found.config["model"]["max_seq_len"] == 8 and found.config["trainer"]["learning_rate"] == 3e-4
+    assert [line["step"] for line in found.lineage] == [4]
 
 
-@pytest.mark.skipif(format.FORMAT_VERSION != 1, reason="this package writes a later version")
+@pytest.mark.skipif(header.FORMAT_VERSION != 1, reason="this package writes a later version")
 def test_this_package_writes_the_bytes_of_the_independent_writer(tmp_path: Path) -> None:
     format.save(tmp_path / "again.safetensors", write_format_v1.tensors(), write_format_v1.metadata())
     assert (tmp_path / "again.safetensors").read_bytes() == FORMAT_V1.read_bytes()
@@ -141,6 +144,8 @@ def test_this_package_writes_the_bytes_of_the_independent_writer(tmp_path: Path)
 
 def test_stock_safetensors_reads_the_file_of_format_version_1() -> None:
     loaded = safetensors.numpy.load_file(FORMAT_V1)
-    assert {name: array.tobytes() for name, array in loaded.items()} == {
-        name: array.tobytes() for name, array in write_format_v1.tensors().items()
+    assert {name: (array.dtype, array.shape, array.tobytes()) for name, array in loaded.items()} == {
+        name: (array.dtype, array.shape, array.tobytes()) for name, array in write_format_v1.tensors().items()
     }
+    with safetensors.safe_open(FORMAT_V1, framework="numpy") as file:
+        assert write_format_v1.metadata().items() <= file.metadata().items()

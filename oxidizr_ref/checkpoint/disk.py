@@ -36,6 +36,7 @@ except ImportError:  # everywhere else
 
 Buffer: TypeAlias = bytes | memoryview
 
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 _one_position = threading.Lock()  # where a file's position is shared by all threads
 
 
@@ -120,7 +121,7 @@ def flush(descriptor: int) -> None:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):  # some network drives know only fsync
+            if error.errno not in _NOT_SUPPORTED:  # some network drives know only fsync
                 raise
     os.fsync(descriptor)
 
@@ -131,7 +132,8 @@ def forget_cached(descriptor: int, offset: int = 0, count: int = 0) -> None:
     A part that was just written is only begun to be brought to the disk, which is what makes the `flush` at the end short.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice: a file system may not take it
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def close(descriptor: int) -> None:
@@ -176,12 +178,15 @@ def remove(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` survive a power cut. Windows has no such call."""
+    """Make the names in ``directory`` survive a power cut. Windows has no such call, nor do some network drives."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

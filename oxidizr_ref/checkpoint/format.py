@@ -83,7 +83,8 @@ def save(path: StrPath, tensors: Mapping[str, HostArray], metadata: Mapping[str,
     """
     path = Path(path)
     planned = _plan(tensors, metadata)
-    with disk.new_file(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as descriptor:
+    nobody_elses = int.from_bytes(os.urandom(6), "little")  # processes of two containers may have equal numbers
+    with disk.new_file(path, path.with_name(f".{path.name}.{nobody_elses}.tmp")) as descriptor:
         header, parts = _write(descriptor, planned, tensors)
         disk.flush(descriptor)
         disk.forget_cached(descriptor)
@@ -191,7 +192,10 @@ def mapped(path: StrPath) -> tuple[Header, dict[str, HostArray]]:
     path = Path(path)
     with _reading(path) as descriptor:
         header = headers.read(descriptor, path)
-        memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # closed when the last view is gone
+        try:
+            memory = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_READ)  # closed when the last view is gone
+        except ValueError:
+            raise damaged(path, header.payload_start, "the file shrank while it was read") from None
     return header, {entry.name: _view(memory, header, entry) for entry in header.entries}
 
 

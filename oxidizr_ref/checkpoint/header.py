@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 8 << 20
 MAX_METADATA_BYTES = 2 << 20  # of keys and values, the digests left out
 MAX_TENSORS = 20_000
+MAX_STRINGS = 1_000  # of metadata
 MAX_NAME = 256
 MAX_AXES = 64  # of a NumPy array
 
@@ -48,13 +49,21 @@ _ALIGNMENT = 64
 _NO_DIGEST = "0" * 64
 _OWN_KEYS = ("digests", "header_digest")
 _NUMBER = rb"(?:0|[1-9][0-9]{0,18})"
-_NAME = re.compile(rb'"([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*+)":')
+# Bounded and plain: Python before 3.11.4 matches possessive groups wrongly, and an unbounded repeat takes much memory.
+_NAME = re.compile(rb'"([A-Za-z0-9_-]{1,300}(?:\.[A-Za-z0-9_-]{1,300}){0,299})":')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _ENTRY = re.compile(
     rb'\{"data_offsets":\[(%b),(%b)\],"dtype":"([A-Z0-9]{2,4})","shape":\[((?:%b(?:,%b){0,99})?)\]\}' % ((_NUMBER,) * 4)
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_HEADER_DIGEST = re.compile(rb'"header_digest":"([0-9a-f]{64})"')
+_HEADER_DIGEST = re.compile(rb'[{,]"header_digest":"([0-9a-f]{64})"')  # inside a string the first " would follow a \\
+_DIGESTS = re.compile(r'\{(?:"[A-Za-z0-9_.-]{1,256}":"[0-9a-f]{64}"(?:,|(?=\})))*+\}')
+_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*[0-9]{1,20}\s*,\s*([0-9]{1,20})\s*\]')
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_SOME_VERSION = re.compile("[1-9][0-9]{0,8}")
+_VERSION = re.compile(rb'"format_version":"([1-9][0-9]{0,8})"')
+_OUR_KEYS = (b'"digests"', b'"header_digest"', b'"format_version"')
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ def plan(specs: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: M
     entries, offset = [], 0
     for name in sorted(specs, key=lambda name: (-specs[name][0].itemsize, name)):
         dtype, shape = specs[name]
-        if not _NAME.fullmatch(f'"{name}":'.encode()) or len(name) > MAX_NAME or name == "__metadata__":
+        if not _NAME.fullmatch(f'"{name}":'.encode("utf-8", "replace")) or len(name) > MAX_NAME or name == "__metadata__":
             what = "its name must be letters, digits, _ and -, in parts joined by single dots"
             raise CheckpointError(f"tensor {name!r}: {what}, {MAX_NAME} characters at most, and not __metadata__")
         if dtype not in DTYPE_NAMES:
@@ -112,9 +121,13 @@ def plan(specs: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: M
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
+    if len(metadata) > MAX_STRINGS:
+        raise CheckpointError(f"{len(metadata)} strings of metadata are too many (at most {MAX_STRINGS})")
     for key, value in metadata.items():
         if key in _OWN_KEYS or not isinstance(value, str):
             raise CheckpointError(f"metadata {key!r}: {'this key is written here' if key in _OWN_KEYS else 'not a string'}")
+        if _HALF.search(key) or _HALF.search(value):
+            raise CheckpointError(f"metadata {key!r}: half a surrogate pair is no character")
     total = sum(len(key) + len(value) for key, value in metadata.items())
     if total > MAX_METADATA_BYTES:
         raise CheckpointError(f"{total} characters of metadata are too many (at most {MAX_METADATA_BYTES})")
@@ -125,7 +138,7 @@ def encode(planned: Header, digests: Mapping[str, str]) -> bytes:
     signed = Header(planned.entries, planned.metadata, dict(digests), planned.payload_start)
     unsigned = _unsigned_bytes(signed)
     digest = hashlib.sha256(unsigned).hexdigest()
-    return unsigned.replace(f'"header_digest":"{_NO_DIGEST}"'.encode(), f'"header_digest":"{digest}"'.encode())
+    return unsigned.replace(f',"header_digest":"{_NO_DIGEST}"'.encode(), f',"header_digest":"{digest}"'.encode())
 
 
 def _unsigned_bytes(header: Header) -> bytes:
@@ -169,7 +182,8 @@ def read(descriptor: int, path: Path) -> Header:
             payload, described = size - header.payload_start, header.file_size - header.payload_start
             raise _Malformed(min(size, header.file_size) - 8, f"the payload has {payload} bytes, not {described}")
     except _Malformed as error:
-        _tell_if_foreign(text, path)
+        _tell_if_newer(prefix, text, path)
+        _tell_if_foreign(text, size, path)
         raise damaged(path, 8 + error.position, error.reason) from None
     return header
 
@@ -275,11 +289,15 @@ class _Reader:
         while self._text[self._at : self._at + 1] != b"}" and (not found or self._accept(b",")):
             began, key = self._at, self._string()
             if found and key <= last:
-                raise _Malformed(began, f"metadata {key!r} after {last!r}: keys must ascend, and none may appear twice")
+                raise _Malformed(
+                    began, f"metadata {key[:40]!r} after {last[:40]!r}: keys must ascend, and none may appear twice"
+                )
             self._expect(b":")
             found[key] = self._string()
-            total += 0 if key == "digests" else len(key) + len(found[key])
+            total += 0 if key in _OWN_KEYS else len(key) + len(found[key])
             last = key
+            if len(found) > MAX_STRINGS + 2:
+                raise _Malformed(began, f"more than {MAX_STRINGS} strings of metadata")
             if total > MAX_METADATA_BYTES:
                 raise _Malformed(began, f"more than {MAX_METADATA_BYTES} characters of metadata")
         self._expect(b"}")
@@ -290,7 +308,7 @@ class _Reader:
         raw = self._match(_STRING, "a string")[0]
         try:
             value = json.loads(raw)
-            canonical = isinstance(value, str) and canonical_json(value).encode("ascii") == raw
+            canonical = isinstance(value, str) and canonical_json(value).encode("ascii") == raw and not _HALF.search(value)
         except ValueError:
             canonical = False
         if not canonical:
@@ -305,6 +323,8 @@ class _Reader:
 
     def _digests(self, text: str) -> dict[str, str]:
         """``{"name":"64 digits",…}`` in the one way, or nothing that could be taken for it."""
+        if _DIGESTS.fullmatch(text) is None:
+            raise _Malformed(0, "the digests of the tensors are missing or malformed")
         found = {}
         for pair in text[1:-1].split(",") if text[1:-1] else []:
             name, _, digest = pair.partition(":")
@@ -337,15 +357,31 @@ def _check_digest(prefix: bytes, text: bytes) -> None:
 
 
 def _check_version(header: Header, path: Path) -> None:
-    version = header.metadata.get("format_version", "")
-    if version.isdecimal() and version.isascii() and len(version) < 10 and int(version) > FORMAT_VERSION:
+    _refuse_newer(header.metadata.get("format_version", ""), path)
+
+
+def _tell_if_newer(prefix: bytes, text: bytes, path: Path) -> None:
+    """A header that proves whole, but not in our way of writing it, is a later version's if it says so."""
+    said = _VERSION.search(text)
+    try:
+        _check_digest(prefix, text)
+    except _Malformed:
+        return
+    if said:
+        _refuse_newer(said[1].decode(), path)
+
+
+def _refuse_newer(version: str, path: Path) -> None:
+    if _SOME_VERSION.fullmatch(version) and int(version) > FORMAT_VERSION:
         what = f"format version {version} is newer than this package reads ({FORMAT_VERSION})"
         raise CheckpointError(f"{path}: {what}; use a newer oxidizr_ref")
 
 
-def _tell_if_foreign(text: bytes, path: Path) -> None:
-    """A header that never was ours is not damaged. One flipped bit cannot hide all three of our keys."""
-    if text.startswith(b"{") and not any(key in text for key in (b'"digests"', b'"header_digest"', b'"format_version"')):
+def _tell_if_foreign(text: bytes, size: int, path: Path) -> None:
+    """A header that never was ours is not damaged: it is text, fits the size of its file, and has none of our keys."""
+    end = max((int(match[1]) for match in _END.finditer(text)), default=0)
+    plain = text.startswith(b"{") and b"\xff" not in text and _CONTROL.search(text) is None
+    if plain and 8 + len(text) + end == size and not any(key in text for key in _OUR_KEYS):
         raise CheckpointError(
             f"{path}: perhaps a safetensors file, but not a checkpoint of oxidizr_ref (it holds no digests)"
         )

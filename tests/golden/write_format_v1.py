@@ -28,7 +28,7 @@ STEP, CURSOR, WINDOWS_AN_EPOCH, SEQUENCE = 12, 96, 40, 8
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """One or more of every dtype: no axis, an axis of 0 and of 1, NaNs, infinities, -0, denormals; names that need care."""
+    """One or more of every dtype: no axis, an axis of 0 and of 1, NaNs, infinities, -0, denormals; names that sort oddly."""
     nan_with_payload = np.array([0x7FF8_0000_0000_0001, 0xFFF0_0000_0000_0001], dtype=np.uint64).view(np.float64)
     special = np.array([np.inf, -np.inf, -0.0, 5e-324, 1.7976931348623157e308], dtype=np.float64)
     return {
@@ -39,16 +39,19 @@ def tensors() -> dict[str, np.ndarray]:
         "optimizer.exp_avg.embed_tokens.weight": np.full((3, 4), 2.0**-149, dtype=np.float32),
         "optimizer.exp_avg_sq.embed_tokens.weight": np.zeros((3, 4), dtype=np.float32),
         "special": np.concatenate([special, nan_with_payload]),
-        "a scalar": np.array(-0.1),
+        "scalar": np.array(-0.1),
         "Z": np.array([-(2**63), 2**63 - 1, -1], dtype=np.int64),
         "counts": np.array([[0], [2**32 - 1]], dtype=np.uint32),
         "bytes": np.arange(251, 256, dtype=np.uint8),
-        "no rows": np.zeros((0, 3), dtype=np.uint8),
-        "no columns": np.zeros((2, 0, 5), dtype=np.float64),
-        'quote " backslash \\ slash / tab \t': np.array(7, dtype=np.uint8),
-        "größe": np.array([1], dtype=np.uint8),
-        "\uffee": np.array([2], dtype=np.uint8),  # sorts before the next one by code point, after it in UTF-16
-        "🦀": np.array([3], dtype=np.uint8),
+        "no_rows": np.zeros((0, 3), dtype=np.uint8),
+        "no_columns": np.zeros((2, 0, 5), dtype=np.float64),
+        "0": np.array(7, dtype=np.uint8),  # sorts before __metadata__, as Z does
+        "a_b": np.array([1], dtype=np.uint8),
+        "a.b": np.array([2], dtype=np.uint8),
+        "a-b": np.array([3], dtype=np.uint8),
+        "a": np.array([4], dtype=np.uint8),
+        "-": np.array([5], dtype=np.uint8),
+        "x" * 256: np.array([6], dtype=np.uint8),  # as long as a name may be
     }
 
 
@@ -61,20 +64,33 @@ def metadata() -> dict[str, str]:
         "epoch": CURSOR // WINDOWS_AN_EPOCH,
         "tokens_seen": CURSOR * SEQUENCE,
     }
+    model = {"dtype": "f32", "hidden_size": 4, "max_seq_len": SEQUENCE, "num_heads": 1, "num_layers": 0, "vocab_size": 3}
+    trainer = {
+        "batch_size": 4,
+        "betas": [0.9, 0.999],
+        "eps": 1e-08,
+        "gradient_accumulation": 2,
+        "learning_rate": 0.0003,
+        "seed": 1,
+    }
     return {
         "format": "pt",
         "format_version": "1",
         "numerics_version": "1",
         "progress": compact(progress),
-        "config": compact({"model": {"max_seq_len": SEQUENCE}, "trainer": {"learning_rate": 0.0003, "seed": 1}}),
+        "config": compact({"data": {"tokenizer": "char"}, "device": "cpu", "model": model, "trainer": trainer}),
         "data": compact({"digest": "ab" * 32, "tokens": 321}),
         "tokenizer": compact({"digest": "cd" * 32, "name": "char", "vocabulary": "aé🦀"}),
-        "fingerprint": compact({"numpy": "2.3.5"}),
-        "lineage": compact([]),
+        "fingerprint": compact({"blas": ["openblas 0.3.31 Haswell"], "device": "cpu", "numerics": 1, "numpy": "2.3.5"}),
+        "lineage": compact([{"step": 4, "config": "01" * 32, "data": "ab" * 32, "fingerprint": "23" * 32}]),
         "": "the empty key",
         "empty value": "",
-        "length": "of this text such that the header needs more than 32 spaces of padding",
-        "note": 'line\nnext\r\ttab "quoted" \\ / \x00\x1f\x7f é 🦀',
+        "length": "so that the header needs more than 32 spaces of padding",
+        "note": 'line\nnext\r\ttab "quoted" \\ / \b\f \x00\x1f\x7f é \u2028 🦀',
+        'quote " backslash \\ slash / tab \t': "a key that needs escapes",
+        "größe": "a key beyond ASCII",
+        "\uffee": "sorts before the next one by code point, after it in UTF-16",
+        "🦀": "a key outside the basic plane",
     }
 
 
@@ -106,7 +122,7 @@ def file_bytes(arrays: dict[str, np.ndarray], words: dict[str, str]) -> bytes:
     text += " " * (-(8 + len(text)) % 64)
     prefix = struct.pack("<Q", len(text))
     own = hashlib.sha256(prefix + text.encode("ascii")).hexdigest()
-    before, field, after = text.partition(f'"header_digest":"{zeros}"')
+    before, field, after = text.partition(f',"header_digest":"{zeros}"')
     return prefix + (before + field.replace(zeros, own) + after).encode("ascii") + payload
 
 
