@@ -182,6 +182,29 @@ def test_macos_flushes_the_drive_s_cache_or_where_that_is_unknown_as_everyone_do
     assert disk.fcntl.calls == [FullSync.F_FULLFSYNC]
 
 
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_drive_that_cannot_flush_directories_is_written_to_and_one_that_fails_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(disk, "os", handmade.like(os, fsync=refuse))
+    if error == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(error)):
+            disk.sync_directory(tmp_path)
+    else:
+        disk.sync_directory(tmp_path)
+
+
+def test_advice_that_is_not_taken_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(disk, "os", handmade.like(os, posix_fadvise=refuse))
+    must_round_trip(tmp_path)
+
+
 def test_where_the_cache_cannot_be_dropped_files_are_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +248,7 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
 
 def test_an_append_cuts_off_what_an_earlier_one_left_half_done(tmp_path: Path) -> None:
     path = tmp_path / "lines"
-    assert disk.append(path, b"one\n", None) == 4
+    assert disk.append(path, b"one\n", disk.file_size(path)) == 4
     assert disk.append(path, b"two\n", 4) == 8
     with open(path, "ab") as file:
         file.write(b"half")

@@ -155,7 +155,8 @@ def test_another_blas_core_is_another_machine_class(tmp_path: Path) -> None:
     for process in processes:
         tiny.finish(process)
     prints = [
-        json.loads(format.read_header(run.into(name).path(1)).metadata["fingerprint"]) for name in ("native", "again", "other")
+        json.loads(format.read_header(run.into(name).path(1)).metadata["fingerprint"])
+        for name in ("native", "again", "other")
     ]
     assert prints[0] == prints[1] != prints[2]
     assert {key for key in prints[0] if prints[0][key] != prints[2][key]} <= {"blas", "probe"}

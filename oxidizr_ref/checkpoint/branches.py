@@ -70,6 +70,7 @@ def finish(directory: Path, metrics: MetricsLog) -> None:
     if disk.exists(incoming):
         disk.rename(incoming, first)
     metrics.cut(int(task["progress"]), into / "metrics.jsonl")
+    disk.remove(disk.temporary_of(into / "metrics.jsonl"))  # nobody else cleans up in there
     disk.sync_directory(directory)  # barrier: all is done before the note is taken away
     _write_note(directory, _NOTHING)
 

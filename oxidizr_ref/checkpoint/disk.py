@@ -213,6 +213,14 @@ def exists(path: Path) -> bool:
         return False
 
 
+def file_size(path: Path) -> int:
+    """Bytes in a file; 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
 def names(directory: Path) -> list[str]:
     """The names of the regular files in a directory, sorted; none where there is no directory."""
     try:
@@ -241,19 +249,24 @@ def read(path: Path) -> bytes:
 
 def replace(path: Path, data: bytes) -> None:
     """Replace a small file: after this the new one is on the disk, and at any moment before, the old one or the new."""
-    with new_file(path, path.with_name(f".{path.name}.tmp")) as descriptor:
+    with new_file(path, temporary_of(path)) as descriptor:
         write_at(descriptor, data, 0)
         flush(descriptor)
 
 
-def append(path: Path, data: bytes, size_before: int | None) -> int:
-    """Append to a file, made if need be, and return its new size. What an earlier append left half done is cut off first.
+def temporary_of(path: Path) -> Path:
+    """Where `replace` writes what is to become ``path``. A process that died may have left it."""
+    return path.with_name(f".{path.name}.tmp")
 
-    size_before: the size the file should have (None: whatever it has). Nothing is flushed.
+
+def append(path: Path, data: bytes, size_before: int) -> int:
+    """Append to a file, made if need be, and return its new size. Nothing is flushed.
+
+    size_before: the size the file should have. What is there beyond it was left by an append that failed, and is cut off.
     """
     with _writing(path, os.O_CREAT) as descriptor:
         end = size(descriptor)
-        if size_before is not None and end > size_before:
+        if end > size_before:
             os.ftruncate(descriptor, size_before)
             end = size_before
         write_at(descriptor, data, end)
@@ -313,9 +326,10 @@ class Lock:
 
     def release(self) -> None:
         """Let go, if held. The file stays: removing it could take the lock from under another process."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):  # it is closed, whatever the system says of it
+                os.close(descriptor)
 
     def _is_the_file(self, descriptor: int) -> bool:
         try:

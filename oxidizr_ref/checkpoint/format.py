@@ -16,6 +16,7 @@ import errno
 import hashlib
 import mmap
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def save(path: StrPath, tensors: Mapping[str, HostArray], metadata: Mapping[str,
     """
     path = Path(path)
     planned = _plan(tensors, metadata)
-    nobody_elses = int.from_bytes(os.urandom(6), "little")  # processes of two containers may have equal numbers
+    nobody_elses = secrets.randbits(48)  # processes of two containers may have equal numbers
     with disk.new_file(path, path.with_name(f".{path.name}.{nobody_elses}.tmp")) as descriptor:
         header, parts = _write(descriptor, planned, tensors)
         disk.flush(descriptor)

@@ -23,6 +23,7 @@ class MetricsLog:
         self.eval_losses: dict[int, float] = {}
         self._pending: list[str] = []
         self._size: int | None = None  # of the file after the last whole append
+        self._doubtful = False  # whether a flush failed: what is on the disk is then unknown, for ever
         self._one_writer = threading.Lock()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -37,11 +38,21 @@ class MetricsLog:
         """Bring all lines so far to the disk."""
         with self._one_writer:
             self._write_pending()
+            if self._doubtful and disk.exists(self.path):
+                disk.replace(
+                    self.path, disk.read(self.path)
+                )  # a new file, because flushing the old one again proves nothing
+                self._doubtful = False
+                return
         if disk.exists(self.path):
+            self._doubtful = True
             disk.flush_with_name(self.path)
+            self._doubtful = False
 
     def _write_pending(self) -> None:
         if self._pending:
+            if self._size is None:
+                self._size = disk.file_size(self.path)
             self._size = disk.append(self.path, "".join(self._pending).encode(), self._size)
             self._pending.clear()
 

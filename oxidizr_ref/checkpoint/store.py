@@ -306,8 +306,11 @@ def _steps_among(names: Iterable[str]) -> list[int]:
 
 def existing(path: Path, directory: Path) -> Path:
     """``path``, if a file is there. Raises UsageError saying what is beside it (or in ``directory``) otherwise."""
-    if disk.exists(path):
-        return path
+    try:
+        if disk.exists(path):
+            return path
+    except OSError as error:
+        raise UsageError(f"--resume {path}: {error.strerror or error}") from error
     there = CheckpointStore(path.parent if path.parent.is_dir() else directory)
     raise UsageError(f"--resume {path}: no such file; {there.describe()}")
 
