@@ -51,6 +51,8 @@ _keep_freed_memory()
 ELEMENTS = 65536
 #: Elements of one piece inside a tile: a few float32 temporaries of this size stay in a core's L2 cache.
 CACHED = 16384
+#: How long work that is in no hurry rests, in units of the time it worked.
+_REST = 3
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
 SMALL_PRODUCT = 1 << 23
 
@@ -118,17 +120,21 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
     entered: list[None] = []  # by helpers, before they take their first ticket
     left: list[None] = []
     nested = getattr(_inside_a_tile, "flag", False)
+    hurry: threading.Event | None = getattr(_inside_a_tile, "hurry", None)
 
     def take_tickets() -> int:
         done = 0
         _inside_a_tile.flag = True
         try:
             for index in tickets:
+                began = time.perf_counter() if hurry else 0.0
                 try:
                     work(index)
                 except BaseException as error:
                     errors.append((index, error))
                 done += 1
+                if hurry:
+                    hurry.wait(_REST * (time.perf_counter() - began))
         finally:
             _inside_a_tile.flag = nested
         return done
@@ -166,14 +172,14 @@ def _call_helpers(count: int, task: Callable[[], object]) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside this context this thread does all its tiles itself, and leaves the other threads to whoever else has work."""
-    before = getattr(_inside_a_tile, "flag", False)
-    _inside_a_tile.flag = True
+def unhurried(hurry: threading.Event) -> Iterator[None]:
+    """Inside this context this thread does all its tiles itself, and rests after each one for three times as long as it took,
+    so that its work is hardly felt by the others; until ``hurry`` is set, because somebody waits."""
+    _inside_a_tile.flag, _inside_a_tile.hurry = True, hurry
     try:
         yield
     finally:
-        _inside_a_tile.flag = before
+        _inside_a_tile.flag, _inside_a_tile.hurry = False, None
 
 
 # --- how work is cut --------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -332,3 +334,52 @@ def test_blas_runs_with_one_thread_a_call_whoever_imported_numpy_first() -> None
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
+
+
+def test_unhurried_work_is_done_by_one_thread_which_rests_unless_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float | None] = []
+
+    class Hurry(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout)
+            return True
+
+    seen: list[int] = []
+    now = iter(range(100))
+    monkeypatch.setattr(parallel.time, "perf_counter", lambda: float(next(now)))
+    with parallel.unhurried(Hurry()):
+        parallel.for_each(4, lambda _: seen.append(threading.get_ident()))
+    assert set(seen) == {threading.get_ident()} and len(seen) == 4
+    assert rests == [parallel._REST * 1.0] * 4
+    parallel.for_each(4, lambda _: None)
+    assert len(rests) == 4, "outside it nobody rests"
+
+
+def test_when_the_wait_is_interrupted_no_thread_is_still_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C: whoever gets the exception may close the file that the tiles were written to."""
+    caller, gate, at_work = threading.get_ident(), threading.Event(), list[int]()
+    parallel.set_threads(2)
+
+    class Interrupted(SimpleQueue):  # type: ignore[type-arg]
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            if threading.get_ident() == caller:
+                gate.set()
+                raise KeyboardInterrupt
+            return super().get(block, timeout)
+
+    def work(index: int) -> None:
+        if threading.get_ident() == caller:
+            started.wait(5)
+            return
+        at_work.append(index)
+        started.set()
+        gate.wait(5)
+        time.sleep(0.02)
+        at_work.remove(index)
+
+    started = threading.Event()
+    parallel.for_each(2, lambda _: None)  # the helper exists, with a queue of the ordinary kind
+    monkeypatch.setattr(parallel, "SimpleQueue", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.for_each(2, work)
+    assert gate.is_set() and at_work == []

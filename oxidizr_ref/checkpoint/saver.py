@@ -38,6 +38,7 @@ class Saver:
         self._store, self._background = store, background
         self._copies: dict[str, HostArray] = {}
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
         self._finished: list[Save | BaseException] = []
 
     def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -67,7 +68,9 @@ class Saver:
 
     def _join(self) -> None:
         if self._thread is not None:
+            self._hurry.set()
             self._thread.join()
+            self._hurry.clear()
             self._thread = None
 
     def _copy(self, tensors: Mapping[str, Any]) -> dict[str, HostArray]:
@@ -80,7 +83,7 @@ class Saver:
         return self._copies
 
     def _write_in_background(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        with parallel.alone():
+        with parallel.unhurried(self._hurry):
             try:
                 self._write(step, tensors, metadata)
             except BaseException as error:  # raised where somebody hears it, by `finished`
