@@ -281,3 +281,12 @@ def test_a_missing_file_and_a_directory_are_checkpoint_errors(tmp_path: Path) ->
 def test_paths_may_be_strings(tmp_path: Path) -> None:
     format.save(str(tmp_path / "x"), SMALL, {"a": "b"})
     assert format.load(str(tmp_path / "x")).metadata == {"a": "b"} == format.verify(str(tmp_path / "x")).metadata
+
+
+def test_more_strings_of_metadata_than_are_read_are_not_written(tmp_path: Path) -> None:
+    most = {f"key {number:04}": "" for number in range(headers.MAX_STRINGS)}
+    format.save(tmp_path / "most", {}, most)
+    assert format.load(tmp_path / "most").metadata == most
+    with pytest.raises(CheckpointError, match="strings of metadata are too many"):
+        format.save(tmp_path / "more", {}, {**most, "one more": ""})
+    assert not (tmp_path / "more").exists()

@@ -171,6 +171,43 @@ def test_where_files_cannot_be_locked_that_is_told_once_and_the_run_goes_on(
     assert [("cannot be locked" in notice) for notice in store.notices] == [True]
 
 
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_deleted_while_auto_looks_is_as_if_it_had_never_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, TENSORS, {"progress": json.dumps({"step": step})})
+    load = format.load
+
+    def deleted_just_before(path: Path) -> format.Checkpoint:
+        if path == store.path(2):
+            path.unlink()
+        return load(path)
+
+    monkeypatch.setattr(format, "load", deleted_just_before)
+    found = store.find("auto")
+    assert found is not None and found.path == store.path(1) and found.damaged == []
+
+
+@pytest.mark.parametrize("note", ['{"superseding": {}}', '{"superseding": {"steps": [1]}}', '{"superseding": 1}', "null"])
+def test_a_note_that_says_too_little_is_damage(tmp_path: Path, note: str) -> None:
+    (tmp_path / "run.json").write_text(note)
+    with pytest.raises(CheckpointError, match=r"run\.json: is damaged"):
+        CheckpointStore(tmp_path).find("auto")
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "x"])
+def test_a_format_version_that_never_was_is_refused(tmp_path: Path, version: str) -> None:
+    run = tiny.make_run(tmp_path, trainer={"max_steps": 1})
+    assert run.train() == 0
+    tiny.rewrite(run.path(1), lambda _, metadata: metadata.update(format_version=version))
+    with pytest.raises(CheckpointError, match="no training state of this format"):
+        state.from_file(format.load(run.path(1)), "there")
+
+
 # --- what stays -------------------------------------------------------------------------------------------------------
 
 steps_of_a_run = st.sets(st.integers(0, 60), max_size=12)
