@@ -129,7 +129,7 @@ def train(
         typer.Option("--headless", metavar="", help="JSON lines on stdout instead of a progress bar.", rich_help_panel=_RUN),
     ] = False,
     time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Save and end after this time.", rich_help_panel=_RUN)
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Save and end within this time.", rich_help_panel=_RUN)
     ] = None,
     gpus: Annotated[
         str | None, typer.Option(metavar="0,1", help="Devices to train on, data-parallel.", rich_help_panel=_RUN)
