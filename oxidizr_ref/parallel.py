@@ -173,8 +173,8 @@ def _call_helpers(count: int, task: Callable[[], object]) -> None:
 
 @contextmanager
 def unhurried(hurry: threading.Event) -> Iterator[None]:
-    """Inside this context this thread does all its tiles itself, and rests after each one for three times as long as it took,
-    so that its work is hardly felt by the others; until ``hurry`` is set, because somebody waits."""
+    """Inside this context this thread does all its tiles itself, and rests after each one `_REST` times as long as it took,
+    so that the others hardly feel its work; until ``hurry`` is set, because somebody waits."""
     _inside_a_tile.flag, _inside_a_tile.hurry = True, hurry
     try:
         yield
