@@ -80,16 +80,13 @@ class TokenStream:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
 
-    def digest(self) -> str:
-        """SHA-256 (hex) of the SHA-256s of the stream's little-endian u32 bytes in chunks of 4 MiB.
-
-        It sees tokens only: a text and the ``.bin`` made of it, or the same tokens in several parts, have one digest.
-        All cores hash; the chunks and their order are the stream's, so the digest does not depend on the cores.
-        """
-        return self.facts().digest
-
     def facts(self) -> Facts:
-        """Digest and largest token id (-1: no token). Reads the whole stream once."""
+        """The digest, and the largest token id (-1: no token). Reads the whole stream once.
+
+        The digest is the SHA-256 (hex) of the SHA-256s of the stream's little-endian u32 bytes in chunks of 4 MiB. It sees
+        tokens only: a text and the ``.bin`` made of it, or the same tokens in several parts, have one digest. All cores
+        hash; the chunks and their order are the stream's, so the digest does not depend on the cores.
+        """
         chunks = parallel.tiles(len(self), _CHUNK_TOKENS)
         digests = [b""] * len(chunks)
         largest = [-1] * len(chunks)

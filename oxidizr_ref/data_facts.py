@@ -23,7 +23,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a stream of tokens: its digest (see `data.TokenStream.digest`) and its largest token id."""
+    """Of a stream of tokens: its digest (see `data.TokenStream.facts`) and its largest token id."""
 
     digest: str
     largest: int

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from oxidizr_ref.checkpoint.state import RunState
 from oxidizr_ref.checkpoint.store import CheckpointStore, Found, Retention
 from oxidizr_ref.config import Config
 from oxidizr_ref.data import Batch, BatchLoader, TrainingData, open_data
-from oxidizr_ref.errors import SaveError, TrainingError, UsageError
+from oxidizr_ref.errors import SaveError, TrainingError
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
@@ -78,7 +79,6 @@ class Trainer:
         self._evaluated: tuple[int, float | None] = (-1, None)  # the last evaluation in a run: step, loss
         self._seconds: list[float] = []  # of the steps since the last logged one
         self._longest = {"step": 0.0, "save": 0.0}  # seconds
-        self._file_size = 0
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -244,8 +244,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Save this step, or begin to. The disk's refusals are told and do not end the run."""
-        if self.step == 0:
-            return
         bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
         self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
         self.saver.save(self.step, *state.to_file(self._state()))
@@ -277,20 +275,19 @@ class Trainer:
         """Whether another step, and then the saves under way and due, might take longer than what is left of the limit."""
         if self.options.time_limit is None:
             return False
-        saves = (2 if self.config.trainer.async_save else 1) * max(self._longest["save"], self.file_size() / _SLOW_DISK)
+        saves = (2 if self.config.trainer.async_save else 1) * max(self._longest["save"], self.file_size / _SLOW_DISK)
         return time.monotonic() - began + 1.5 * (self._longest["step"] + saves) >= self.options.time_limit
 
+    @cached_property
     def file_size(self) -> int:
         """Bytes of a checkpoint of this run, but for the padding of a header in which a number has more or fewer digits."""
-        if self._file_size == 0:
-            self._file_size = predict_size(*state.to_file(replace(self._state(), step=self.total_steps)))
-        return self._file_size
+        return predict_size(*state.to_file(replace(self._state(), step=self.total_steps)))
 
     def most_bytes_more(self) -> int:
         """How much larger this run makes the checkpoint directory at its largest."""
         every = self.config.trainer.save_interval
         coming = [*range(self.step - self.step % every + every, self.total_steps, every), self.total_steps]
-        return self.store.most_bytes_more(self.file_size(), coming)
+        return self.store.most_bytes_more(self.file_size, coming)
 
     def _batches(self) -> BatchLoader:
         return BatchLoader(self.windows, self.cursor, self.config.trainer.batch_size, self.options.prefetch)
@@ -321,9 +318,7 @@ class Trainer:
             if not options.resume and not options.overwrite:
                 store.refuse_to_start_over()
             notices = [] if options.init_from is None else [self._take_weights(options.init_from)]
-        store.open(self._readable_config())
-        if found is not None:
-            self._put_away(found)
+        store.open(self._readable_config(), found.damaged if found else ())
         self._tell_of_saves()
         for notice in notices:
             self.reporter.notice(notice)
@@ -338,14 +333,6 @@ class Trainer:
         if moved:
             names = ", ".join(f"step_{step}" for step in moved)
             self.reporter.notice(f"moved {names} and their metrics to {store.directory / 'superseded'}")
-
-    def _put_away(self, found: Found) -> None:
-        """Damaged files newer than the one to go on from, now that nothing refuses to go on."""
-        try:
-            self.store.quarantine(found.damaged)
-        except OSError as error:
-            where = self.store.directory / "quarantine"
-            raise UsageError(f"{where}: damaged files cannot be put away ({error.strerror or error})") from error
 
     def _readable_config(self) -> dict[str, Any]:
         """The whole config, its data paths made absolute."""

@@ -28,3 +28,11 @@ def _same_threads_afterwards() -> Iterator[None]:
     before = parallel.get_threads()
     yield
     parallel.set_threads(before)
+
+
+@pytest.fixture
+def plain_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tables are made for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)

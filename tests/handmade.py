@@ -109,3 +109,13 @@ def fast_folder(otherwise: Path) -> Iterator[Path]:
 def like(module: Any, *missing: str, **changes: Any) -> Any:
     """A stand-in for a module: its names, but for those that are missing or changed."""
     return SimpleNamespace(**{name: value for name, value in vars(module).items() if name not in missing} | changes)
+
+
+#: What a save in these tests writes, and `must_hold_other` expects.
+OTHER = {"x": np.arange(1, 300, dtype=np.float64)}
+
+
+def must_hold_other(path: Path) -> None:
+    """A whole file with the tensors of `OTHER`, and nothing beside it."""
+    assert format.load(path).tensors["x"].tobytes() == OTHER["x"].tobytes()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -14,11 +14,10 @@ import handmade
 import numpy as np
 import pytest
 import tiny
+from handmade import OTHER, must_hold_other
 
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.errors import CheckpointError
-
-OTHER = {"x": np.arange(1, 300, dtype=np.float64)}
 
 Plant: TypeAlias = Callable[[Path], object]
 
@@ -33,12 +32,6 @@ def path(tmp_path: Path) -> Path:
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes: `OTHER` has 38 of them."""
     monkeypatch.setattr(format, "CHUNK_BYTES", 64)
-
-
-def must_hold_other(path: Path) -> None:
-    """A whole file with the tensors of `OTHER`, and nothing beside it."""
-    assert format.load(path).tensors["x"].tobytes() == OTHER["x"].tobytes()
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 # --- the order of things ----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_the_digest_is_one_however_the_stream_is_split(length: int, cuts: list[i
     tokens = np.arange(length, dtype=np.uint32) * 2654435761
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_CHUNK_TOKENS", chunk)
-        assert split(tokens, cuts).digest() == split(tokens, []).digest()
+        assert split(tokens, cuts).facts().digest == split(tokens, []).facts().digest
 
 
 def test_the_digest_is_sha256_over_the_sha256s_of_chunks_of_4_mib() -> None:
@@ -88,17 +88,17 @@ def test_the_digest_is_sha256_over_the_sha256s_of_chunks_of_4_mib() -> None:
     raw = tokens.astype("<u4").tobytes()
     chunks = [hashlib.sha256(raw[i : i + 4 * 2**20]).digest() for i in range(0, len(raw), 4 * 2**20)]
     assert len(chunks) == 3
-    assert split(tokens, [1_000_001]).digest() == hashlib.sha256(b"".join(chunks)).hexdigest()
+    assert split(tokens, [1_000_001]).facts().digest == hashlib.sha256(b"".join(chunks)).hexdigest()
 
 
 def test_the_digest_changes_with_any_token() -> None:
     tokens = np.arange(50, dtype=np.uint32)
-    seen = {split(tokens, []).digest()}
+    seen = {split(tokens, []).facts().digest}
     for position in (0, 25, 49):
         changed = tokens.copy()
         changed[position] ^= 1
-        seen.add(split(changed, []).digest())
-    assert len(seen | {split(tokens[:-1], []).digest()}) == 5
+        seen.add(split(changed, []).facts().digest)
+    assert len(seen | {split(tokens[:-1], []).facts().digest}) == 5
 
 
 def test_a_text_and_the_bin_made_of_it_have_the_same_tokens_and_digest(tmp_path: Path) -> None:
@@ -107,7 +107,11 @@ def test_a_text_and_the_bin_made_of_it_have_the_same_tokens_and_digest(tmp_path:
     from_text = opened(text)
     tokens = from_text.read(0, len(from_text))
     halves = [write_bin(tmp_path / "a.bin", tokens[:9]), write_bin(tmp_path / "b.bin", tokens[9:])]
-    assert from_text.digest() == opened(*halves).digest() == opened(write_bin(tmp_path / "c.bin", tokens)).digest()
+    assert (
+        from_text.facts().digest
+        == opened(*halves).facts().digest
+        == opened(write_bin(tmp_path / "c.bin", tokens)).facts().digest
+    )
 
 
 def test_several_paths_are_one_stream_in_the_order_given(tmp_path: Path) -> None:
@@ -133,13 +137,13 @@ def test_random_tokens_are_a_function_of_the_seed_and_cover_the_vocabulary() -> 
     assert counts.size == 300
     # 874 expected of each id, standard deviation 30: six of them is a chance of 1e-6 over all ids
     assert abs(counts - 262_144 / 300).max() < 180
-    assert opened("random", vocab_size=300, seed=1).digest() == stream.digest()
-    assert opened("random", vocab_size=300, seed=2).digest() != stream.digest()
+    assert opened("random", vocab_size=300, seed=1).facts().digest == stream.facts().digest
+    assert opened("random", vocab_size=300, seed=2).facts().digest != stream.facts().digest
 
 
 def test_no_path_means_the_bundled_corpus() -> None:
     stream = open_stream([], "byte", vocab_size=260, seed=0)[0]
-    assert stream.digest() == opened(bundled_corpus()).digest()
+    assert stream.facts().digest == opened(bundled_corpus()).facts().digest
     assert len(stream) > 10_000
 
 

@@ -26,11 +26,7 @@ FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 INTEGERS = [np.int64, np.uint32, np.uint8]
 
 
-@pytest.fixture(autouse=True)
-def _a_plain_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("plain_terminal_of_80_columns")
 
 
 @pytest.fixture(scope="module")

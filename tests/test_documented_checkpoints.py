@@ -406,7 +406,7 @@ class _Listener(Reporter):
     predicted = 0
 
     def begin(self, trainer: Trainer) -> None:
-        self.predicted = trainer.file_size()
+        self.predicted = trainer.file_size
 
 
 SIZES = {"0.1 MB": "16", "1.5 MB": "128", "6 MB": "512"}

@@ -27,11 +27,7 @@ FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 NOT_VERIFIED = "header proved whole; payload not verified, see `oxidizr-ref verify`"
 
 
-@pytest.fixture(autouse=True)
-def _a_plain_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("plain_terminal_of_80_columns")
 
 
 @pytest.fixture(scope="module")

@@ -45,18 +45,18 @@ _one_position = threading.Lock()  # where a file's position is shared by all thr
 
 def create(path: Path) -> int:
     """Open a new file for writing; what stands there under this (temporary) name is removed, never written through."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _extra("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
-        return os.open(path, flags, 0o666)
+        return _open(path, flags, "O_NOFOLLOW")
     except FileExistsError:
         remove(path)
-        return os.open(path, flags, 0o666)
+        return _open(path, flags, "O_NOFOLLOW")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
     """A descriptor of an existing regular file, closed afterwards. A pipe or a device is refused, not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | _extra("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT"))
+    descriptor = _open(path, os.O_RDONLY, "O_NONBLOCK")
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -65,9 +65,10 @@ def reading(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _extra(*names: str) -> int:
-    """Flags of `os.open` that not every system has."""
-    return sum(getattr(os, name, 0) for name in names)
+def _open(path: Path, flags: int, *more: str) -> int:
+    """A descriptor for bytes as they are, which other programs do not inherit; ``more``: flags not every system has."""
+    names = (*more, "O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
+    return os.open(path, flags | sum(getattr(os, name, 0) for name in names), 0o666)
 
 
 def size(descriptor: int) -> int:
@@ -282,8 +283,7 @@ def flush_with_name(path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path, flags: int = 0) -> Iterator[int]:
-    flags |= os.O_RDWR | _extra("O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = _open(path, os.O_RDWR | flags)
     try:
         yield descriptor
     finally:
@@ -311,8 +311,7 @@ class Lock:
         if self._descriptor is not None and self._is_the_file(self._descriptor):
             return True
         self.release()
-        flags = os.O_RDWR | os.O_CREAT | _extra("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
-        descriptor = os.open(self.path, flags, 0o666)
+        descriptor = _open(self.path, os.O_RDWR | os.O_CREAT, "O_NOFOLLOW")
         try:
             taken = _try_lock(descriptor) and self._is_the_file(descriptor)
         except BaseException:

@@ -39,9 +39,8 @@ class MetricsLog:
         with self._one_writer:
             self._write_pending()
             if self._doubtful and disk.exists(self.path):
-                disk.replace(
-                    self.path, disk.read(self.path)
-                )  # a new file, because flushing the old one again proves nothing
+                # A new file, because flushing the old one again proves nothing.
+                disk.replace(self.path, disk.read(self.path))
                 self._doubtful = False
                 return
         if disk.exists(self.path):

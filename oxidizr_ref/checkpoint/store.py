@@ -184,8 +184,11 @@ class CheckpointStore:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def open(self, config: Mapping[str, Any]) -> None:
-        """Make the directory, clear away what a killed writer left, note the config. Raises UsageError if it cannot."""
+    def open(self, config: Mapping[str, Any], damaged: Sequence[tuple[Path, str]] = ()) -> None:
+        """Make the directory, clear away what a killed writer left, note the config, put away what `find` found damaged.
+
+        Raises UsageError if it cannot.
+        """
         with self._usable():
             disk.make_directory(self.directory)
             self._claim()
@@ -193,6 +196,7 @@ class CheckpointStore:
             for name in filter(_LEFTOVER.fullmatch, disk.names(self.directory)):
                 disk.remove(self.directory / name)
             disk.replace(self.directory / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+            self.quarantine(damaged)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics. Raises SaveError when it cannot; the line is written with the next one."""

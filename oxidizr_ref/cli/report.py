@@ -113,7 +113,7 @@ def _introduction(trainer: Trainer) -> str:
 def _disk(trainer: Trainer) -> str:
     """What checkpoints take and what there is, with a warning where that cannot go well."""
     more, free = trainer.most_bytes_more(), free_bytes(trainer.store.directory)
-    text = f"checkpoints: {size_of(trainer.file_size())} a file, at most {size_of(more)} more; {size_of(free)} free"
+    text = f"checkpoints: {size_of(trainer.file_size)} a file, at most {size_of(more)} more; {size_of(free)} free"
     if more > free:
         text += "\nwarning: they will not fit; a larger save_interval, fewer --max-checkpoints or --dtype bf16 needs less"
     return text
