@@ -102,6 +102,7 @@ class ModelConfig(Section):
     kv_latent_dim: Count = 0
     q_latent_dim: Count = 0
     d_rope: Count = 0
+    mla_latent_norm: bool = False  # DeepSeek normalizes both latents, oxidizr does not
     # Mixture of experts, in place of SwiGLU.
     num_experts: Count = 0
     experts_per_tok: Size = 2

@@ -1,79 +1,155 @@
-"""The language model: embedding, a stack of pre-norm residual blocks, a final norm, the output projection.
+"""The language model: embedding, a stack of pre-norm residual layers, a final norm, the output projection.
 
-``h = h + attention(norm(h)); h = h + feed_forward(norm(h))`` as in Llama (Touvron et al. 2023). Parameter names are
-those of oxidizr and of Hugging Face's Llama.
+A layer is attention and feed-forward, ``h = h + attention(norm(h)); h = h + feed_forward(norm(h))`` as in Llama (Touvron et
+al. 2023), or a Mamba, ``h = h + mamba(norm(h))``. Which, the config says. Parameter names are those of oxidizr and, for
+attention layers, of Hugging Face's Llama.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
 import numpy as np
 
-from oxidizr_ref.autograd import Tensor
+from oxidizr_ref.autograd import Tensor, no_grad
 from oxidizr_ref.backend import STORAGE_DTYPES, Array
 from oxidizr_ref.config import ModelConfig
-from oxidizr_ref.errors import ConfigError, DataError
+from oxidizr_ref.errors import DataError
 from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.linear_cross_entropy import linear_cross_entropy
-from oxidizr_ref.layers.attention import GroupedQueryAttention
-from oxidizr_ref.layers.feed_forward import SwiGLU
-from oxidizr_ref.nn import Embedding, Linear, Module, RMSNorm, check_ids
+from oxidizr_ref.layers.attention import GroupedQueryAttention, LatentAttention, TokenCache
+from oxidizr_ref.layers.feed_forward import MixtureOfExperts, Routing, SwiGLU
+from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
+from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
+from oxidizr_ref.layers.mamba3 import Mamba3, Mamba3Cache
+from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, check_ids
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
 INIT_STD = 0.02
 
+MambaCache: TypeAlias = Mamba1Cache | Mamba2Cache | Mamba3Cache
 
-class Block(Module):
-    """One residual layer: attention, then feed-forward, each behind its own norm. ``[B,T,D]`` to ``[B,T,D]``."""
+#: The Mambas by `ModelConfig.layer_kinds`, and the names oxidizr gives their norm and themselves.
+_MAMBAS: dict[str, tuple[type[Mamba1] | type[Mamba2] | type[Mamba3], str, str]] = {
+    "mamba1": (Mamba1, "norm", "mamba"),
+    "mamba2": (Mamba2, "mamba2.norm", "mamba2.mixer"),
+    "mamba3": (Mamba3, "mamba3.norm", "mamba3.mixer"),
+}
 
-    def __init__(self, config: ModelConfig) -> None:
-        # 2·num_layers branches are added to the residual stream; scaled so that its variance does not grow with depth.
-        output_std = INIT_STD / (2 * config.num_layers) ** 0.5
+
+class AttentionLayer(Module):
+    """Two residual parts, each behind its norm: attention (GQA or MLA), then feed-forward (SwiGLU or experts)."""
+
+    def __init__(self, config: ModelConfig, std: float, output_std: float) -> None:
+        attention = LatentAttention if config.uses_mla else GroupedQueryAttention
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GroupedQueryAttention(config, INIT_STD, output_std)
+        self.self_attn = attention(config, std, output_std)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, INIT_STD, output_std)
+        self.sparse = config.uses_moe
+        if self.sparse:
+            self.moe = MixtureOfExperts(config, std, output_std)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, std, output_std)
 
-    def __call__(self, h: Tensor) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h))
-        return h + self.mlp(self.post_attention_layernorm(h))
+    def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:
+        """h: ``[B,T,D]``. Returns the same shape; what the router did, if there is one, is added to ``routings``."""
+        return self._feed_forward(h + self.self_attn(self.input_layernorm(h)), routings)
+
+    def new_cache(self, batch: int) -> TokenCache:
+        """What decoding keeps of the past."""
+        return self.self_attn.new_cache(batch)
+
+    def step(self, h: Tensor, cache: TokenCache) -> Tensor:
+        """The next token. h: ``[B,1,D]``. Returns the same shape."""
+        return self._feed_forward(h + self.self_attn.step(self.input_layernorm(h), cache), [])
+
+    def _feed_forward(self, h: Tensor, routings: list[Routing]) -> Tensor:
+        x = self.post_attention_layernorm(h)
+        if not self.sparse:
+            return h + self.mlp(x)
+        y, routing = self.moe(x)
+        routings.append(routing)
+        return h + y
+
+
+class MambaLayer(Module):
+    """One residual part, a Mamba behind its norm. It has no feed-forward of its own."""
+
+    def __init__(self, kind: str, config: ModelConfig, std: float, output_std: float) -> None:
+        mamba, self.norm_name, self.mixer_name = _MAMBAS[kind]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = mamba(config, std, output_std)
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """As in any module, under oxidizr's names."""
+        yield from self.norm.named_parameters(f"{prefix}{self.norm_name}.")
+        yield from self.mixer.named_parameters(f"{prefix}{self.mixer_name}.")
+
+    def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:  # noqa: ARG002 - there is no router here
+        """h: ``[B,T,D]``. Returns the same shape."""
+        return h + self.mixer(self.norm(h))
+
+    def new_cache(self, batch: int) -> MambaCache:
+        """What decoding keeps of the past."""
+        return self.mixer.new_cache(batch)
+
+    def step(self, h: Tensor, cache: Any) -> Tensor:
+        """The next token. h: ``[B,1,D]``. Returns the same shape."""
+        return h + self.mixer.step(self.norm(h), cache)
 
 
 class LanguageModel(Module):
     """A causal language model over token ids.
 
     Shapes: B batch, T time, D hidden, V vocabulary. With ``seed=None`` the parameters know their shapes and hold nothing.
-    Raises ConfigError for a config this version cannot build.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
-        _refuse_what_is_not_built_yet(config)
         self.config = config
+        # Each layer adds to the residual stream, most of them twice; scaled so that its variance does not grow with depth.
+        output_std = INIT_STD / (2 * config.num_layers) ** 0.5
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, INIT_STD)
-        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.layers: list[AttentionLayer | MambaLayer] = [
+            MambaLayer(kind, config, INIT_STD, output_std)
+            if kind in _MAMBAS
+            else AttentionLayer(config, INIT_STD, output_std)
+            for kind in config.layer_kinds
+        ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
         if seed is not None:
             self.initialize(seed, STORAGE_DTYPES[config.dtype])
 
-    def hidden(self, tokens: Array) -> Tensor:
-        """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``."""
+    def hidden(self, tokens: Array, routings: list[Routing] | None = None) -> Tensor:
+        """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``; each router adds to ``routings``."""
         if tokens.ndim != 2:
             raise DataError(f"tokens must have shape [batch, time], not {list(tokens.shape)}")
-        h = self.embed_tokens(tokens)
+        h, routings = self.embed_tokens(tokens), [] if routings is None else routings
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, routings)
         return self.norm(h)
 
     def __call__(self, tokens: Array) -> Tensor:
         """The logits of the next token at every position. tokens: int ``[B,T]``. Returns ``[B,T,V]``."""
         return linear(self.hidden(np.asarray(tokens)), self._output_weight())
 
-    def loss(self, tokens: Array, targets: Array, token_count: int | None = None) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens and divided by ``token_count`` (default: their number).
+    def loss(
+        self,
+        tokens: Array,
+        targets: Array,
+        token_count: int | None = None,
+        load_balance_alpha: float = 0.0,
+        routings: list[Routing] | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, summed over the tokens and divided by ``token_count`` (default: their number), plus
+        ``load_balance_alpha`` times the balance loss: its mean over the mixtures of experts, weighted by the share of
+        ``token_count`` that these tokens are.
 
         tokens, targets: int ``[B,T]``. With gradient accumulation ``token_count`` is the whole step's, so that the
-        micro-batches' losses and gradients simply add up. The full logits are never formed. Returns a scalar.
+        micro-batches' losses and gradients simply add up. The full logits are never formed. What each router did is added to
+        ``routings``. Returns a scalar.
 
         Raises DataError for targets of another shape than the tokens, or outside the vocabulary.
         """
@@ -82,17 +158,29 @@ class LanguageModel(Module):
             raise DataError(f"targets have shape {list(targets.shape)}, but the tokens {list(tokens.shape)}")
         check_ids(targets, self.config.vocab_size, "target")
         count = float(tokens.size if token_count is None else token_count)
-        return linear_cross_entropy(self.hidden(tokens), self._output_weight(), targets, count)
+        routings = [] if routings is None else routings
+        loss = linear_cross_entropy(self.hidden(tokens, routings), self._output_weight(), targets, count)
+        if load_balance_alpha == 0.0 or not routings:
+            return loss
+        balance = routings[0].balance
+        for routing in routings[1:]:
+            balance = balance + routing.balance
+        return loss + balance * (load_balance_alpha * tokens.size / count / len(routings))
+
+    def new_cache(self, batch: int) -> list[Any]:
+        """What decoding keeps of the past, layer by layer, before the first token of ``batch`` sequences."""
+        return [layer.new_cache(batch) for layer in self.layers]
+
+    def step(self, tokens: Array, cache: list[Any]) -> Tensor:
+        """The logits after one more token of each sequence, ``[B,V]``: those of the full forward pass, at the cost of one
+        token. tokens: int ``[B]``. ``cache`` moves on. Attention sees the last ``max_seq_len`` tokens.
+        """
+        with no_grad():
+            h = self.embed_tokens(np.asarray(tokens)[:, None])
+            for layer, past in zip(self.layers, cache, strict=True):
+                h = layer.step(h, past)
+            logits: Tensor = linear(self.norm(h), self._output_weight())[:, 0]
+            return logits
 
     def _output_weight(self) -> Tensor:
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
-
-def _refuse_what_is_not_built_yet(config: ModelConfig) -> None:
-    for there, name in (
-        (config.uses_mla, "multi-head latent attention (kv_latent_dim)"),
-        (config.uses_moe, "mixture of experts (num_experts)"),
-        (any(kind != "attention" for kind in config.layer_kinds), "Mamba layers (mamba_layers)"),
-    ):
-        if there:
-            raise ConfigError(f"model {config.name}: {name} is not built in this version, which trains GQA + SwiGLU")

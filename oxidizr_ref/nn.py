@@ -32,6 +32,16 @@ def constant(value: float) -> Recipe:
     return lambda seed, name, shape: np.full(shape, value, dtype=np.float32)
 
 
+def uniform(bound: float) -> Recipe:
+    """Uniform numbers in [-bound, bound)."""
+
+    def recipe(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        drawn = rng.uniform(seed, "init", name, 0, int(np.prod(shape, dtype=np.int64)))
+        return ((2 * drawn - 1) * bound).astype(np.float32).reshape(shape)
+
+    return recipe
+
+
 class Parameter(Tensor):
     """A tensor that training changes. Empty until `Module.initialize` or `Module.load_state_dict` fills it."""
 
@@ -125,10 +135,10 @@ class Embedding(Module):
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalization of the last axis, weight ``[width]``."""
+    """Root-mean-square normalization of the last axis, or of each of ``groups`` parts of it. Weight ``[width]``."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        self.weight, self.eps = Parameter((width,), constant(1.0)), eps
+    def __init__(self, width: int, eps: float, groups: int = 1) -> None:
+        self.weight, self.eps, self.groups = Parameter((width,), constant(1.0)), eps, groups
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.groups)

@@ -6,7 +6,9 @@ checked against such compositions. In backward code a leading ``d`` means "gradi
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -341,6 +343,33 @@ class Concatenate(Function):
         return tuple(dy[(*before, slice(end - n, end))] for end, n in zip(ends, self.lengths, strict=True))
 
 
+class Whole(Function):
+    """The array that `Part`s are taken from: their gradients meet in one array, ``dx``."""
+
+    def forward(self, x: Array) -> Array:
+        self.dx: Array = None
+        return x
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        return (dy,)
+
+
+class Part(Function):
+    """A slice of a `Whole`. Slices that overlap, or `GetItem`, would each need an array of the whole for its gradient."""
+
+    def forward(self, x: Array, *, index: tuple[slice, ...], whole: Whole | None) -> Array:
+        self.index, self.whole, self.shape = index, whole, x.shape
+        return x[index]
+
+    def differentiate(self, dy: Array) -> tuple[Array | None, ...]:
+        assert self.whole is not None
+        dx, first = self.whole.dx, self.whole.dx is None
+        if first:
+            dx = self.whole.dx = xp_of(dy).zeros(self.shape, dtype=dy.dtype)
+        dx[self.index] = dy
+        return (dx if first else None,)
+
+
 # --- lookups by integer arrays (int64 NumPy or CuPy arrays, not tensors) ----------------------------------------------
 
 
@@ -390,6 +419,16 @@ def silu(x: Tensor) -> Tensor:
 def mean(x: Tensor, axis: Axes = None, keepdims: bool = False) -> Tensor:
     """The sum over ``axis`` (default: all axes) divided by the number of elements summed."""
     return Sum.apply(x, axis=axis, keepdims=keepdims) / math.prod(x.shape[a] for a in _axes(axis, x.ndim))
+
+
+def split(x: Tensor, sizes: Sequence[int], axis: int = -1) -> tuple[Tensor, ...]:
+    """``x`` cut along an axis into neighbouring parts of these sizes, which add up to its length."""
+    assert sum(sizes) == x.shape[axis], (sizes, x.shape)
+    before = (slice(None),) * (axis % x.ndim)
+    whole = Whole.apply(x)
+    ends = itertools.accumulate(sizes)
+    indices = [(*before, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+    return tuple(Part.apply(whole, index=index, whole=whole.node) for index in indices)
 
 
 def swapaxes(x: Tensor, a: int, b: int) -> Tensor:

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oxidizr_ref import rng
-from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import to_host
 from oxidizr_ref.model import LanguageModel
 
@@ -16,17 +15,17 @@ def sample_tokens(
 ) -> NDArray[np.int64]:
     """``count`` tokens that continue ``prompt`` (int64 ``[n]``, n ≥ 1). Returns int64 ``[count]``.
 
-    ``temperature`` divides the logits; 0 takes the most likely token. Only the ``top_k`` likeliest are drawn from. The model
+    ``temperature`` divides the logits; 0 takes the most likely token. Only the ``top_k`` likeliest are drawn from. Attention
     sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens: draw i uses random number i of the seed.
     """
-    tokens = list(prompt)
-    draws = rng.uniform(seed, "sample", "token", 0, count)
-    with no_grad():
-        for draw in draws:
-            context = np.array([tokens[-model.config.max_seq_len :]], dtype=np.int64)
-            logits = to_host(model(context).data)[0, -1].astype(np.float64)
-            tokens.append(_choose(logits, temperature, top_k, float(draw)))
-    return np.array(tokens[len(prompt) :], dtype=np.int64)
+    cache = model.new_cache(batch=1)
+    for token in prompt[:-1]:
+        model.step(np.array([token]), cache)
+    tokens = [int(prompt[-1])]
+    for draw in rng.uniform(seed, "sample", "token", 0, count):
+        logits = to_host(model.step(np.array(tokens[-1:]), cache).data)[0].astype(np.float64)
+        tokens.append(_choose(logits, temperature, top_k, float(draw)))
+    return np.array(tokens[1:], dtype=np.int64)
 
 
 def _choose(logits: NDArray[np.float64], temperature: float, top_k: int, draw: float) -> int:

@@ -31,6 +31,7 @@ from oxidizr_ref.config import Config
 from oxidizr_ref.data import Batch, BatchLoader, TrainingData, open_data
 from oxidizr_ref.errors import SaveError, TrainingError
 from oxidizr_ref.fingerprint import fingerprint
+from oxidizr_ref.layers.feed_forward import Routing, router_metrics
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
 from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions
@@ -91,9 +92,11 @@ class Trainer:
         t, n = self.config.trainer, self.step + 1
         losses: parallel.TreeCounter[float] = parallel.TreeCounter()
         gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
+        routed: list[list[Routing]] = []  # of every micro-batch
         for _ in range(t.gradient_accumulation):
             tokens, targets = next(batches)
-            loss = self.model.loss(tokens, targets, token_count=self.tokens_a_step)
+            routed.append([])
+            loss = self.model.loss(tokens, targets, self.tokens_a_step, t.load_balance_alpha, routed[-1])
             loss.backward()
             losses.push(loss.item())
             gradients.push(self._take_gradients())
@@ -113,6 +116,7 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": lr,
             "epoch": self.windows.epoch(self.cursor),
+            **router_metrics(routed),
         }
 
     def learning_rate(self, n: int) -> float:
