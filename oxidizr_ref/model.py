@@ -165,7 +165,8 @@ class LanguageModel(Module):
         balance = routings[0].balance
         for routing in routings[1:]:
             balance = balance + routing.balance
-        return loss + balance * (load_balance_alpha * tokens.size / count / len(routings))
+        share = float(tokens.size) / count
+        return loss + balance * (load_balance_alpha * share / len(routings))
 
     def new_cache(self, batch: int) -> list[Any]:
         """What decoding keeps of the past, layer by layer, before the first token of ``batch`` sequences."""
@@ -179,8 +180,8 @@ class LanguageModel(Module):
             h = self.embed_tokens(np.asarray(tokens)[:, None])
             for layer, past in zip(self.layers, cache, strict=True):
                 h = layer.step(h, past)
-            logits: Tensor = linear(self.norm(h), self._output_weight())[:, 0]
-            return logits
+            logits = linear(self.norm(h), self._output_weight())
+            return logits.reshape(logits.shape[0], logits.shape[2])
 
     def _output_weight(self) -> Tensor:
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
