@@ -39,16 +39,17 @@ def running_angle_ref(dt: Tensor, angle: Tensor) -> Tensor:
 class RunningAngle(Function):
     def forward(self, dt: Array, angle: Array) -> Array:
         xp = xp_of(dt)
-        self.dt, self.speed = dt, xp.tanh(angle) * math.pi  # (1)
+        # All in float64, and without whole turns: a float32 sum that grows with the sequence would lose its digits.
+        speed = xp.tanh(angle.astype(np.float64)) * math.pi  # (1)
         y = xp.empty((*dt.shape, angle.shape[-1]), dtype=dt.dtype)
 
         def sequence(b: int) -> None:
-            turns = dt[b, :, :, None] * self.speed[b, :, None, :]  # (2)
-            # In float64, and without whole turns: a float32 sum that grows with the sequence would lose its digits.
-            total = xp.cumsum(turns, axis=0, dtype=np.float64)  # (3)
+            turns = dt[b, :, :, None] * speed[b, :, None, :]  # (2)
+            total = xp.cumsum(turns, axis=0)  # (3)
             y[b] = total - _whole_turns(total)
 
         parallel.for_each(dt.shape[0], sequence)
+        self.dt, self.speed = dt, speed.astype(dt.dtype, copy=False)
         return y
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
@@ -66,8 +67,8 @@ class RunningAngle(Function):
 
 
 def next_angle(phi: Array, dt: Array, angle: Array) -> Array:
-    """φ ``[B,H,S]`` a token further: dt ``[B,H]``, angle ``[B,S]``."""
-    total = phi + dt[:, :, None] * (xp_of(angle).tanh(angle) * math.pi)[:, None]
+    """φ ``[B,H,S]`` a token further, in float64 as it must be: dt ``[B,H]``, angle ``[B,S]``."""
+    total = phi + dt[:, :, None] * (xp_of(angle).tanh(angle.astype(np.float64)) * math.pi)[:, None]
     further: Array = total - _whole_turns(total)
     return further
 
@@ -78,7 +79,10 @@ def _whole_turns(angle: Array) -> Array:
 
 @fused(running_angle_ref)
 def running_angle(dt: Tensor, angle: Tensor) -> Tensor:
-    """How far each head's pairs have turned. dt: ``[B,T,H]``, angle: ``[B,T,S]``. Returns ``[B,T,H,S]`` in [0, 2π)."""
+    """How far each head's pairs have turned. dt: ``[B,T,H]``, angle: ``[B,T,S]``.
+
+    Returns ``[B,T,H,S]``, from 0 to 2π (which rounding may reach).
+    """
     return RunningAngle.apply(dt, angle)
 
 

@@ -20,7 +20,7 @@ from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
 
 #: Numbers of one tile's state: the recurrence runs over so many at a time.
-STATES = 2048
+STATES = 1 << 14
 #: Tokens of one block.
 BLOCK = 16
 

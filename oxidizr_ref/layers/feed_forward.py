@@ -52,7 +52,7 @@ def router_metrics(batches: Sequence[Sequence[Routing]]) -> dict[str, Any]:
         assigned = np.sum([routing.assigned for routing in of_layer], axis=0)
         load = assigned / max(1, assigned.sum())
         loads.append(load.tolist())
-        entropies.append(-sum(p * math.log(p) for p in loads[-1] if p) / math.log(max(2, len(load))))
+        entropies.append(sum(p * math.log(1 / p) for p in loads[-1] if p) / math.log(max(2, len(load))))
         balances += [routing.balance.item() for routing in of_layer]
     balance = math.fsum(balances) / len(balances)
     return {"expert_load": loads, "expert_entropy": entropies, "balance_loss": balance, "dropped_tokens": 0}

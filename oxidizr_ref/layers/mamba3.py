@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Tensor
 from oxidizr_ref.backend import Array
@@ -32,8 +34,8 @@ A_MAX = -1e-4
 
 @dataclass
 class Mamba3Cache:
-    """The state ``[B,H,P,N]`` and, of the last token: x ``[B,H,P]``, B̄ ``[B,R,H,N]``, φ ``[B,H,S]``; with a convolution also
-    its last inputs ``[B,K-1,E+2RGN]``. The same size at any length."""
+    """The state ``[B,H,P,N]`` and, of the last token: x ``[B,H,P]``, B̄ ``[B,R,H,N]``, φ ``[B,H,S]`` (float64: it
+    is a sum over all tokens); with a convolution also its last inputs ``[B,K-1,E+2RGN]``. The same size at any length."""
 
     state: Array
     x: Array
@@ -114,7 +116,7 @@ class Mamba3(Module):
         tail = self.conv1d.new_tail(batch) if self.uses_conv else None
         shapes = (H, P, N), (H, P), (R, H, N), (H, self.pairs)
         state, x, B, phi = (zeros_like(self.D, batch, *shape) for shape in shapes)
-        return Mamba3Cache(state, x, B, phi, tail)
+        return Mamba3Cache(state, x, B, phi.astype(np.float64), tail)
 
     def step(self, u: Tensor, cache: Mamba3Cache) -> Tensor:
         """The next token, by the recurrence itself. u: ``[B,1,D]``. Returns ``[B,1,D]``."""
