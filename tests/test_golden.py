@@ -1,14 +1,16 @@
-"""Against files that other implementations wrote: Llama's numbers in float64, and a checkpoint of format version 1.
+"""Against files that other implementations wrote: every architecture's numbers in float64, and a checkpoint of version 1.
 
 ``tests/golden/`` holds the files and their writers, which share no code with this package.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +25,50 @@ from oxidizr_ref.checkpoint import format, header, state
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.optim import AdamW, clip_factor, global_norm
 
-GOLDEN = Path(__file__).with_name("golden")
-LLAMA, FORMAT_V1 = GOLDEN / "llama.safetensors", GOLDEN / "format_v1.safetensors"
+FOLDER = Path(__file__).with_name("golden")
+FORMAT_V1 = FOLDER / "format_v1.safetensors"
 FORMAT_V1_SHA256 = "6aab84b3828b86b0f2f80a3399a979ea8265a9e52e647c484a2c240ddf7623bc"
 
-# --- Llama ------------------------------------------------------------------------------------------------------------
+#: A file each: Hugging Face's numbers, or where it has no such model those of a plain PyTorch one.
+GOLDEN = ["llama", "mamba1", "mamba2", "mla", "moe", "mamba3", "mamba3_mimo", "hybrid"]
+
+# --- architectures ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray[Any, Any]]:
-    """The numbers PyTorch and Hugging Face computed."""
-    return safetensors.numpy.load_file(LLAMA)
+@dataclass(frozen=True)
+class Golden:
+    """What a file of one architecture holds; `golden/recording.py` says what each name means."""
+
+    tensors: dict[str, np.ndarray[Any, Any]]
+    metadata: dict[str, str]
+
+    def word(self, key: str) -> Any:
+        return json.loads(self.metadata[key])
+
+    def under(self, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
+        return {name.removeprefix(prefix): array for name, array in self.tensors.items() if name.startswith(prefix)}
+
+    @property
+    def alpha(self) -> float:
+        """How much of the balance loss is in the losses. The file of the Llama, which has no router, does not say."""
+        return float(self.metadata.get("load_balance_alpha", "0"))
+
+
+@pytest.fixture(scope="module", params=GOLDEN)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The numbers that PyTorch computed."""
+    path = FOLDER / f"{request.param}.safetensors"
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return Golden(safetensors.numpy.load_file(path), file.metadata())
 
 
 @pytest.fixture(params=["fused", "reference"])
-def model(request: pytest.FixtureRequest, golden: dict[str, np.ndarray[Any, Any]]) -> Iterator[LanguageModel]:
+def model(request: pytest.FixtureRequest, golden: Golden) -> Iterator[LanguageModel]:
     """Our model with the golden weights, its fused side or its plain one."""
-    model = LanguageModel(ModelConfig(name="golden", dtype="f64", **words("sizes")), seed=0)
-    model.load_state_dict(under("start.", golden))
+    model = LanguageModel(ModelConfig(name="golden", dtype="f64", **golden.word("sizes")), seed=0)
+    model.load_state_dict(golden.under("start."))
     with reference() if request.param == "reference" else contextlib.nullcontext():
         yield model
-
-
-def words(key: str) -> dict[str, Any]:
-    with safetensors.safe_open(LLAMA, framework="numpy") as file:
-        found: dict[str, Any] = json.loads(file.metadata()[key])
-    return found
-
-
-def under(prefix: str, golden: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    return {name.removeprefix(prefix): array for name, array in golden.items() if name.startswith(prefix)}
 
 
 def relative_error(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
@@ -60,47 +76,68 @@ def relative_error(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) ->
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def test_the_golden_llama_was_made_by_pytorch_and_hugging_face() -> None:
-    assert {"torch", "transformers"} <= words("versions").keys()
+def test_the_golden_numbers_were_made_by_pytorch_in_a_script_that_imports_nothing_of_this_package(golden: Golden) -> None:
+    assert "torch" in golden.word("versions")
+    scripts = [Path(__file__).parent.parent / golden.metadata["made_by"]]
+    for script in scripts:  # which grows by what each imports
+        for name in imported(script):
+            assert name.split(".")[0] != "oxidizr_ref", script.name
+            own = (script.parent.parent / f"{name.replace('.', '/')}.py", script.with_name(f"{name}.py"))
+            scripts += [path for path in own if path.exists() and path not in scripts]
+    assert scripts[1:] or scripts[0].name == "write_llama.py", "nothing was followed"  # all others import recording.py
 
 
-def test_logits_equal_the_golden_ones(model: LanguageModel, golden: dict[str, np.ndarray[Any, Any]]) -> None:
+def imported(script: Path) -> list[str]:
+    """Every module a script may import, and every name it takes from one, which may be a module too."""
+    found = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_logits_equal_the_golden_ones(model: LanguageModel, golden: Golden) -> None:
     with no_grad():
-        logits = model(golden["tokens"][0]).data
-    assert relative_error(logits, golden["logits"]) < 1e-10
+        logits = model(golden.tensors["tokens"][0]).data
+    assert relative_error(logits, golden.tensors["logits"]) < 1e-10
 
 
-def test_loss_and_every_gradient_equal_the_golden_ones(
-    model: LanguageModel, golden: dict[str, np.ndarray[Any, Any]]
-) -> None:
-    loss = model.loss(golden["tokens"][0], golden["targets"][0])
+def test_logits_of_decoding_token_by_token_equal_the_golden_ones(model: LanguageModel, golden: Golden) -> None:
+    tokens = golden.tensors["tokens"][0]
+    cache = model.new_cache(len(tokens))
+    for t in range(tokens.shape[1]):
+        assert relative_error(model.step(tokens[:, t], cache).data, golden.tensors["logits"][:, t]) < 1e-10, t
+
+
+def test_loss_and_every_gradient_equal_the_golden_ones(model: LanguageModel, golden: Golden) -> None:
+    loss = model.loss(golden.tensors["tokens"][0], golden.tensors["targets"][0], load_balance_alpha=golden.alpha)
     loss.backward()
-    assert loss.item() == pytest.approx(golden["losses"][0], rel=1e-10)
-    gradients, wanted = {name: p.grad for name, p in model.named_parameters()}, under("gradient.", golden)
+    assert loss.item() == pytest.approx(golden.tensors["losses"][0], rel=1e-10)
+    gradients, wanted = {name: p.grad for name, p in model.named_parameters()}, golden.under("gradient.")
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         assert relative_error(gradient, wanted[name]) < 1e-7, name
 
 
-def test_losses_norms_and_weights_of_clipped_adamw_steps_equal_the_golden_ones(
-    model: LanguageModel, golden: dict[str, np.ndarray[Any, Any]]
-) -> None:
-    keys = words("optimizer")
+def test_losses_norms_and_weights_of_clipped_adamw_steps_equal_the_golden_ones(model: LanguageModel, golden: Golden) -> None:
+    keys = golden.word("optimizer")
     max_norm = keys.pop("max_grad_norm")
     optimizer = AdamW(model.state_dict(), keys["lr"], tuple(keys["betas"]), keys["eps"], keys["weight_decay"])
-    for step, (tokens, targets) in enumerate(zip(golden["tokens"], golden["targets"], strict=True)):
-        loss = model.loss(tokens, targets)
+    for step, (tokens, targets) in enumerate(zip(golden.tensors["tokens"], golden.tensors["targets"], strict=True)):
+        loss = model.loss(tokens, targets, load_balance_alpha=golden.alpha)
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         norm = global_norm(gradients)
         assert clip_factor(norm, max_norm) < 1  # otherwise clipping would not be compared
         optimizer.step(gradients, gradient_scale=clip_factor(norm, max_norm))
         model.zero_grad()
-        assert loss.item() == pytest.approx(golden["losses"][step], rel=1e-10)
-        assert norm == pytest.approx(golden["gradient_norms"][step], rel=1e-10)
-    for name, wanted in under("end.", golden).items():
+        assert loss.item() == pytest.approx(golden.tensors["losses"][step], rel=1e-10)
+        assert norm == pytest.approx(golden.tensors["gradient_norms"][step], rel=1e-10)
+    for name, wanted in golden.under("end.").items():
         assert relative_error(model.state_dict()[name], wanted) < 1e-10, name
-        assert relative_error(golden["start." + name], wanted) > 1e-3, f"{name} hardly moved: nothing was compared"
+        assert relative_error(golden.tensors["start." + name], wanted) > 1e-3, f"{name} hardly moved: nothing was compared"
 
 
 # --- format version 1 -------------------------------------------------------------------------------------------------

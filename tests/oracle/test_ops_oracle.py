@@ -1,4 +1,4 @@
-"""Every primitive, every fused op and AdamW against PyTorch, forward and gradients, in float64."""
+"""Every primitive and AdamW against PyTorch, forward and gradients, in float64."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from test_ops import ALL_OPS, CASES, name_of
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.fused import attention as attention_module
-from oxidizr_ref.fused import linear as linear_module
-from oxidizr_ref.fused import linear_cross_entropy as lce_module
-from oxidizr_ref.fused import rms_norm as rms_norm_module
-from oxidizr_ref.fused import rope as rope_module
-from oxidizr_ref.fused import swiglu as swiglu_module
-from oxidizr_ref.fused.register import REGISTER, reference
 from oxidizr_ref.optim import AdamW, clip_factor, global_norm
 
 torch = pytest.importorskip("torch")
@@ -137,6 +130,8 @@ EXAMPLES: dict[type[Function], list[tuple[str, Callable[..., Any], Callable[...,
             [normal(2, 3), normal(2, 0), normal(2, 1)],
         ),
     ],
+    ops.Whole: [("", ops.Whole.apply, lambda x: x * 1.0, [normal(3, 4)])],
+    ops.Part: [("neighbours", lambda x: ops.split(x, (1, 3))[1], lambda x: torch.split(x, (1, 3), -1)[1], [normal(3, 4)])],
     ops.Lookup: [
         (
             "duplicates",
@@ -168,6 +163,11 @@ COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any]]] = 
     "mean": (lambda x: x.mean(), lambda x: x.mean(), [normal(3, 4)]),
     "mean over axes": (lambda x: x.mean(axis=(0, 2)), lambda x: x.mean((0, 2)), [normal(2, 3, 4)]),
     "swapaxes": (lambda x: x.swapaxes(0, -1), lambda x: x.swapaxes(0, -1), [normal(2, 3, 4)]),
+    "split": (
+        lambda x: ops.concatenate(*(part * part.sum() for part in ops.split(x, (2, 0, 3), axis=1)), axis=1),
+        lambda x: torch.cat([part * part.sum() for part in torch.split(x, (2, 0, 3), 1)], 1),
+        [normal(2, 5, 3)],
+    ),
     "negative": (lambda x: -x, lambda x: -x, [normal(3)]),
     "with numbers": (lambda x: 2 / (1 - x * 3) - x / 4, lambda x: 2 / (1 - x * 3) - x / 4, [positive(3)]),
     "matrix product by operator": (lambda a, b: a @ b, lambda a, b: a @ b, [normal(3, 4), normal(4, 2)]),
@@ -226,13 +226,15 @@ TORCH: dict[type[Function], Callable[..., Any]] = {
     ops.GetItem: torch_getitem,
     ops.Pad: torch_pad,
     ops.Concatenate: lambda *parts, axis: torch.cat(parts, axis),
+    ops.Whole: lambda x: x * 1.0,
+    ops.Part: lambda x, index, whole: x[index],
     ops.Lookup: lambda table, ids: table[torch.tensor(ids)],
     ops.TakeAlong: lambda x, ids: torch.gather(x, -1, torch.tensor(ids)),
 }
 
 
 def test_every_op_has_generated_cases_and_a_torch_function() -> None:
-    assert len(ALL_OPS) >= 28 and set(ALL_OPS) == TORCH.keys() == CASES.keys()
+    assert len(ALL_OPS) >= 30 and set(ALL_OPS) == TORCH.keys() == CASES.keys()
 
 
 @pytest.mark.parametrize("op", ALL_OPS, ids=name_of)
@@ -262,86 +264,6 @@ def test_primitive_equals_pytorch_for_generated_shapes_broadcasts_and_layouts(op
         assert found.shape == judge.shape and found.dtype == judge.dtype == np.float64
         # All numbers are of order 1. The floor is for gradients that are nothing but rounding, as of a sum that cancels.
         assert np.max(np.abs(found - judge), initial=0) <= 1e-10 * max(np.max(np.abs(judge), initial=0), 1e-3)
-
-
-# --- fused ops --------------------------------------------------------------------------------------------------------
-
-
-def torch_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
-    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
-
-
-def torch_rope(x: Any, theta: float, start: int = 0) -> Any:
-    """As Hugging Face's Llama writes it: ``x cos + rotate_half(x) sin``, the frequencies repeated twice."""
-    width = x.shape[-1]
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(start, start + x.shape[1], dtype=torch.float64), frequencies)
-    angles = torch.cat([angles, angles], -1)[:, None]
-    half = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
-    return x * angles.cos() + half * angles.sin()
-
-
-def torch_linear_cross_entropy(h: Any, w: Any, targets: Any, divisor: float) -> Any:
-    logits = (h @ w.T).reshape(-1, w.shape[0])
-    return F.cross_entropy(logits, torch.tensor(targets).reshape(-1), reduction="sum") / divisor
-
-
-TARGETS = rng.integers(0, 31, (2, 70))
-FUSED: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Any], dict[str, Any]]] = {
-    "attention": (
-        attention_module.attention,
-        torch_attention,
-        [normal(2, 150, 4, 8), normal(2, 150, 2, 8), normal(2, 150, 2, 6)],
-        {"scale": 0.35},
-    ),
-    "linear": (linear_module.linear, F.linear, [normal(2, 7, 5), normal(6, 5)], {}),
-    "linear_cross_entropy": (
-        lce_module.linear_cross_entropy,
-        torch_linear_cross_entropy,
-        [normal(2, 70, 8), normal(31, 8)],
-        {"targets": TARGETS, "divisor": 140.0},
-    ),
-    "rms_norm": (
-        rms_norm_module.rms_norm,
-        lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps),
-        [normal(3, 5, 16), normal(16)],
-        {"eps": 1e-5},
-    ),
-    "rope": (rope_module.rope, torch_rope, [normal(2, 9, 3, 8)], {"theta": 1e4, "start": 5}),
-    "swiglu": (
-        swiglu_module.swiglu,
-        lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d),
-        [normal(2, 7, 5), normal(11, 5), normal(11, 5), normal(5, 11)],
-        {},
-    ),
-}
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "reference"])
-@pytest.mark.parametrize("name", sorted(REGISTER))
-def test_fused_op_and_its_reference_equal_pytorch_in_result_and_gradients(name: str, plain: bool) -> None:
-    assert name in FUSED, f"{name} is compared with nothing: write an example"
-    ours, theirs, arrays, options = FUSED[name]
-
-    def run(*tensors: Tensor) -> Any:
-        if not plain:
-            return ours(*tensors, **options)
-        with reference():
-            return ours(*tensors, **options)
-
-    compare(run, lambda *x: theirs(*x, **options), arrays)
-
-
-@pytest.mark.parametrize("queries", [1, 3])
-def test_attention_with_more_keys_than_queries_equals_pytorch(queries: int) -> None:
-    arrays = [normal(2, queries, 4, 8), normal(2, 9, 2, 8), normal(2, 9, 2, 8)]
-    compare(
-        lambda q, k, v: attention_module.attention(q, k, v, scale=0.3), lambda q, k, v: torch_attention(q, k, v, 0.3), arrays
-    )
 
 
 # --- AdamW ------------------------------------------------------------------------------------------------------------
