@@ -2,7 +2,8 @@
 
 The runs in other processes train 14 steps with small tiles, so that every tiled operation has at least three; they cross
 epochs, clip, warm up and decay the learning rate, and accumulate three micro-batches. They are made twice: with the BLAS
-core of this CPU, and with another one, where mistakes show that this CPU hides.
+core of this CPU, and with another one, where mistakes show that this CPU hides. The default suite makes all of them for a
+Llama, and a few shorter ones for every other kind of model (`tiny.WIDE`); the rest are among the long tests.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ TRAINER = {
     "save_interval": 2,
 }
 THREADS = (1, 2, 3, 5, 8)
+#: The models whose full set of runs takes too long for every day.
+OTHERS = tuple(name for name in tiny.WIDE if name != "llama")
 
 
 def architectures() -> set[str]:
@@ -58,12 +61,13 @@ class Machine:
     """A BLAS core and the run on it that all others are compared with: one go, one thread, nothing read ahead."""
 
     root: Path
+    architecture: str
     env: dict[str, str]
     run: tiny.Run = field(init=False)
     output: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.run = tiny.make_run(self.root, tiny.WIDE, TRAINER, characters=6000)
+        self.run = tiny.make_run(self.root, tiny.WIDE[self.architecture], TRAINER, characters=6000)
         process = tiny.start(self.run.argv("--threads", 1, "--prefetch", 0), self.root, self.env, small_tiles=True)
         self.output = tiny.finish(process)[0]
 
@@ -72,10 +76,21 @@ class Machine:
         return tiny.step_files(self.run.directory)
 
 
-@pytest.fixture(scope="module", params=["native", pytest.param(OTHER_CORE, marks=other_core)])
+def environment_of(core: str) -> dict[str, str]:
+    return {} if core == "native" else {"OPENBLAS_CORETYPE": core}
+
+
+MACHINES = [
+    pytest.param((name, core), id=f"{name}-{core}", marks=[*([pytest.mark.long] if name in OTHERS else []), *marks])
+    for name in tiny.WIDE
+    for core, marks in (("native", []), (OTHER_CORE, [other_core]))
+]
+
+
+@pytest.fixture(scope="module", params=MACHINES)
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    env = {} if request.param == "native" else {"OPENBLAS_CORETYPE": request.param}
-    return Machine(tmp_path_factory.mktemp(request.param), env)
+    architecture, core = request.param
+    return Machine(tmp_path_factory.mktemp(f"{architecture}-{core}"), architecture, environment_of(core))
 
 
 # ------------------------------------------------------------------------------------------------- in other processes
@@ -146,6 +161,26 @@ def test_sigkill_at_three_moments_and_resume_auto_change_no_byte(machine: Machin
 
 
 @other_core
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_sigkill_resume_and_threads_change_no_byte_of_any_kind_of_model(tmp_path: Path, architecture: str) -> None:
+    """On the BLAS core that hides less; the other core, and more than this, are among the long tests."""
+    env = environment_of(OTHER_CORE)
+    run = tiny.make_run(tmp_path, tiny.WIDE[architecture], {**TRAINER, "max_steps": 4, "warmup_steps": 2}, characters=6000)
+    broken = run.into("broken").argv("--resume", "auto", "--threads", 3, "--prefetch", 2)
+    whole = tiny.start(run.argv("--threads", 1, "--prefetch", 0), tmp_path, env, small_tiles=True)
+    killed = tiny.start(broken, tmp_path, {**env, "TINY_KILL": "logged:3"}, small_tiles=True)
+    tiny.finish(whole)
+    tiny.finish(killed, -signal.SIGKILL)
+    out, err = tiny.finish(tiny.start(broken, tmp_path, env, small_tiles=True))
+    assert f"resumed {run.into('broken').path(2)} at step 2" in err
+    assert [json.loads(line)["step"] for line in out.splitlines()] == [3, 4]
+    files = tiny.step_files(run.directory)
+    assert sorted(files) == [2, 4]
+    assert tiny.step_files(tmp_path / "broken") == files
+    assert tiny.metrics_of(tmp_path / "broken") == run.metrics()
+
+
+@other_core
 def test_another_blas_core_is_another_machine_class(tmp_path: Path) -> None:
     run = tiny.make_run(tmp_path, trainer={"max_steps": 1, "eval_fraction": 0})
     processes = [
@@ -171,19 +206,44 @@ def trainer_of(run: tiny.Run, **options: Any) -> Trainer:
     return Trainer(config, LanguageModel(config.model, config.trainer.seed), options=RunOptions(**options))
 
 
-def test_every_tiled_operation_has_three_tiles_in_the_runs_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.shrink_tiles(monkeypatch.setattr)
-    run = tiny.make_run(tmp_path, tiny.WIDE, {**TRAINER, "max_steps": 1}, characters=6000)
-    with tiny.counting_tiles() as counts:
-        trainer_of(run).fit()
+def small_tiles_of(root: Path, architecture: str) -> dict[str, int]:
+    """The most tiles each function cuts its work into in a step of the runs above."""
+    run = tiny.make_run(root, tiny.WIDE[architecture], {**TRAINER, "max_steps": 1}, characters=6000)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink_tiles(patch.setattr)
+        with tiny.counting_tiles() as counts:
+            trainer_of(run).fit()
+    return counts
+
+
+def test_every_tiled_operation_has_three_tiles_in_the_runs_above(tmp_path: Path) -> None:
+    counts = {name: small_tiles_of(tmp_path / name, name) for name in tiny.WIDE}
     expected = tiny.tiled_functions()
     assert expected, "the source was searched"
-    assert counts.keys() == expected
-    assert {name: count for name, count in counts.items() if count < 3} == {}
+    assert set[str]().union(*counts.values()) == expected
+    assert {(name, f): n for name, found in counts.items() for f, n in found.items() if n < 3} == {}
 
 
-def test_threads_change_no_byte_with_the_package_s_own_tile_sizes(tmp_path: Path) -> None:
-    wide = {**tiny.WIDE, "vocab_size": 12288, "max_seq_len": 264}
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_threads_change_no_byte_of_any_kind_of_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    tiny.shrink_tiles(monkeypatch.setattr)
+    run = tiny.make_run(tmp_path, tiny.WIDE[architecture], {**TRAINER, "max_steps": 1}, characters=6000)
+    states = []
+    for count in THREADS:
+        with tiny.threads(count):
+            trainer_of(run.into(f"threads_{count}")).fit()
+        states.append(tiny.step_files(tmp_path / f"threads_{count}"))
+    assert sorted(states[0]) == [1]
+    assert all(state == states[0] for state in states[1:])
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.long] if name in OTHERS else []) for name in tiny.WIDE]
+)
+def test_threads_change_no_byte_with_the_package_s_own_tile_sizes(tmp_path: Path, architecture: str) -> None:
+    wide = {**tiny.WIDE[architecture], "vocab_size": 12288, "max_seq_len": 264, "mamba2_chunk_size": 64}
     trainer = {"max_steps": 1, "batch_size": 8, "gradient_accumulation": 2}
     run = tiny.make_run(tmp_path, wide, trainer, {"path": "random"})
     states = []
@@ -194,7 +254,7 @@ def test_threads_change_no_byte_with_the_package_s_own_tile_sizes(tmp_path: Path
             states.append(tiny.step_files(tmp_path / f"threads_{count}"))
     assert len(states[0]) == 1
     assert all(state == states[0] for state in states[1:])
-    assert counts.keys() == tiny.tiled_functions()
+    assert counts.keys() == small_tiles_of(tmp_path / "small", architecture).keys()
     assert {name: count for name, count in counts.items() if count < 3} == {}
 
 

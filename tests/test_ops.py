@@ -213,6 +213,23 @@ def concatenate_case(draw: Draw) -> Case:
     return lambda *parts: ops.concatenate(*parts, axis=axis), [numbers(draw, (*before, n, *after)) for n in lengths]
 
 
+one_operand(ops.Whole)
+
+
+@case(ops.Part)
+def part_case(draw: Draw) -> Case:
+    """One part of a `split`, of any length, at any place along any axis."""
+    axis, shape = axis_and_shape(draw)
+    start = draw(st.integers(0, shape[axis]))
+    index = (*[slice(None)] * (axis % len(shape)), slice(start, draw(st.integers(start, shape[axis]))))
+
+    def part(x: Tensor) -> Tensor:
+        whole = ops.Whole.apply(x)
+        return ops.Part.apply(whole, index=index, whole=whole.node)
+
+    return part, [numbers(draw, shape)]
+
+
 @case(ops.Lookup)
 def lookup_case(draw: Draw) -> Case:
     rows, row = draw(st.integers(1, 4)), shape_of(draw, min_dims=1, max_dims=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from architectures import NAMES, lively_model
 
 from oxidizr_ref import LanguageModel
 from oxidizr_ref.config import ModelConfig
@@ -32,6 +33,47 @@ def test_temperature_zero_takes_the_likeliest_token():
     for _ in range(12):
         tokens.append(int(MODEL(np.array([tokens[-8:]])).data[0, -1].argmax()))
     assert sample_tokens(MODEL, PROMPT, 12, temperature=0).tolist() == tokens[3:]
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_every_kind_of_model_samples_what_its_full_forward_pass_finds_likeliest(architecture):
+    model = lively_model(architecture)
+    tokens = [3, 1, 4, 1, 5]
+    found = sample_tokens(model, np.array(tokens), 8, temperature=0)
+    for _ in range(8):
+        logits = model(np.array([tokens])).data[0, -1]
+        best, second = np.sort(logits)[::-1][:2]
+        assert best - second > 1e-6, "no rounding decides"
+        tokens.append(int(logits.argmax()))
+    assert found.tolist() == tokens[5:]
+
+
+def test_sampling_takes_one_step_a_token_and_never_a_full_forward_pass(monkeypatch):
+    steps = []
+    step = LanguageModel.step
+
+    def counted(self, tokens, cache):
+        steps.append(tokens.tolist())
+        return step(self, tokens, cache)
+
+    def forbidden(*_):
+        raise AssertionError("a full forward pass")
+
+    monkeypatch.setattr(LanguageModel, "step", counted)
+    monkeypatch.setattr(LanguageModel, "hidden", forbidden)
+    found = sample_tokens(MODEL, PROMPT, 5)
+    # The prompt, and every new token but the last, once each.
+    assert steps == [[token] for token in (*PROMPT.tolist(), *found[:-1].tolist())]
+
+
+def test_a_prompt_longer_than_the_window_samples_on_from_its_end():
+    long = np.arange(20, dtype=np.int64)
+    # One layer of attention: what lies before the window reaches no token in it.
+    assert np.array_equal(sample_tokens(MODEL, long, 4, temperature=0), sample_tokens(MODEL, long[-8:], 4, temperature=0))
+
+
+def test_no_tokens_wanted_are_none():
+    assert sample_tokens(MODEL, PROMPT, 0).shape == (0,)
 
 
 def test_only_the_top_k_are_drawn_from_and_in_proportion():

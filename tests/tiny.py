@@ -29,7 +29,7 @@ from oxidizr_ref.checkpoint import format
 from oxidizr_ref.cli import main as cli_main
 from oxidizr_ref.cli import train as cli_train
 from oxidizr_ref.cli.report import HeadlessReporter, PlainReporter
-from oxidizr_ref.fused import attention, linear_cross_entropy
+from oxidizr_ref.fused import attention, chunked_scan, linear_cross_entropy, selective_scan
 from oxidizr_ref.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ TRAINER = {
     "target_device": "cpu",
 }
 
-#: Small tiles: with `WIDE`, every tiled operation of the package has at least three.
+#: Small tiles: with the models of `WIDE`, every tiled operation of the package has at least three.
 SMALL_TILES = [
     (parallel, "ELEMENTS", 4096),
     (parallel, "CACHED", 4096),
@@ -64,9 +64,27 @@ SMALL_TILES = [
     (attention, "QUERY_BLOCK", 16),
     (attention, "SCORES", 1 << 12),
     (linear_cross_entropy, "LOGITS", 1 << 14),
+    (selective_scan, "STATES", 1 << 8),
+    (chunked_scan, "WEIGHTS", 1 << 9),
     (format, "CHUNK_BYTES", 1 << 14),
 ]
-WIDE = {"hidden_size": 64, "num_heads": 4, "kv_heads": 2, "intermediate_size": 264, "max_seq_len": 64}
+_WIDE: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "kv_heads": 2, "intermediate_size": 264, "max_seq_len": 64}
+_STATES: dict[str, Any] = {"mamba2_num_heads": 8, "mamba2_state_size": 16, "mamba2_chunk_size": 16, "mamba2_n_groups": 2}
+_MLA_MOE: dict[str, Any] = {
+    "kv_latent_dim": 24,
+    "q_latent_dim": 20,
+    "d_rope": 8,
+    "num_experts": 4,
+    "shared_expert_enabled": True,
+}
+_MIMO: dict[str, Any] = {"mamba3_enabled": True, "mamba3_mimo_rank": 2, "mamba3_use_conv": True}
+#: A model has Mambas of one kind only; between them these have every kind of layer.
+WIDE: dict[str, dict[str, Any]] = {
+    "llama": _WIDE,
+    "mamba1": {**_WIDE, "mamba_layers": [0], "mamba_d_state": 8},
+    "mamba2_mla_moe": {**_WIDE, **_STATES, **_MLA_MOE, "num_layers": 2, "mamba_layers": [0]},
+    "mamba3_mimo": {**_WIDE, **_STATES, **_MIMO, "num_layers": 2, "mamba_layers": [1]},
+}
 
 #: Fields of metrics.jsonl that tell the time.
 TIMES = frozenset({"it/s", "tokens/s"})

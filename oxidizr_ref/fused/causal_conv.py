@@ -55,7 +55,7 @@ class CausalConv(Function):
             # pre_t = bias + Σ_k weight_k ∘ x_{t-K+1+k}
             for k in range(K):
                 first = max(0, K - 1 - k - i)  # rows of the tile whose input lies before the sequence
-                dweights[index, k] = (tile[first:] * x[b, i + first - K + 1 + k : j - K + 1 + k]).sum(axis=0)
+                dweights[index, k] = (tile[first:] * x[b, i + first - K + 1 + k : max(0, j - K + 1 + k)]).sum(axis=0)
             dweights[index, K] = tile.sum(axis=0)
 
         def inputs(index: int) -> None:

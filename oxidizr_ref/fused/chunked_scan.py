@@ -16,6 +16,7 @@ a chunk, N state size, P head width. ``[b,g,h]`` come first: matrix products run
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,14 +68,17 @@ class _Chunk:
 
     def __init__(self, lanes: Lanes, i: int, j: int, R: int) -> None:
         xp = xp_of(lanes.x)
-        self.R, self.tokens, self.positions = R, slice(i, j), slice(i * R, j * R)
+        self.R, self.positions = R, slice(i * R, j * R)
+        self.ranks = list(itertools.product(range(R), range(R)))
         self.x, self.B, self.C = (v[..., self.positions, :] for v in (lanes.x, lanes.B, lanes.C))
         self.inflow, self.diagonal = lanes.inflow[..., i:j], lanes.diagonal[..., i:j]
-        cum = xp.cumsum(lanes.a[..., i:j], axis=-1)  # a_i + … + a_t, never positive
-        self.since = xp.exp(cum)  # what is left at t of the state before the chunk
-        self.until = xp.exp(cum[..., -1:] - cum)  # what is left at the chunk's end of what enters at t
-        decay = cum[..., :, None] - cum[..., None, :]
-        decay += to_device(_past_bias(j - i, cum.dtype.name), cum)
+        # a_i + … + a_t, never positive. In float64: behind a strong decay, differences of float32 sums have few digits left.
+        cum = xp.cumsum(lanes.a[..., i:j], axis=-1, dtype=np.float64)
+        dtype = self.x.dtype
+        self.since = xp.exp(cum.astype(dtype))  # what is left at t of the state before the chunk
+        self.until = xp.exp((cum[..., -1:] - cum).astype(dtype))  # what is left at the chunk's end of what enters at t
+        decay = (cum[..., :, None] - cum[..., None, :]).astype(dtype)
+        decay += to_device(_past_bias(j - i, dtype.name), decay)
         self.decay = xp.exp(decay, out=decay)  # [b,g,h,Q,Q]: from s to t, zero unless s < t
         self.scores = xp.matmul(self.C, self.B.swapaxes(-1, -2))  # [b,g,1,q,q]: C_t·B_s
         self.weights = self.by_token(self.scores) * self.decay[..., :, None, :, None]
@@ -94,15 +98,28 @@ class _Chunk:
         Q = self.inflow.shape[-1]
         return v.reshape(*v.shape[:-2], Q, self.R, Q, self.R)
 
-    def own_scores(self, r: int, s: int, scores: Array) -> Array:
-        """A view of the scores between positions r and s of the same token: ``[…,Q]``."""
-        return scores[..., r :: self.R, s :: self.R].diagonal(axis1=-2, axis2=-1)
+    def own_score(self, r: int, s: int) -> Array:
+        """``C_t·B_t`` between positions r and s of the same token: ``[b,g,1,Q]``."""
+        return self.scores[..., r :: self.R, s :: self.R].diagonal(axis1=-2, axis2=-1)
+
+    def own_weight(self, r: int, s: int, D: Array) -> Array:
+        """What position s of a token weighs for its position r: ``[b,g,h,Q,1]``."""
+        weight = self.diagonal * self.own_score(r, s)
+        if r == s:
+            weight += D[..., None]
+        return weight[..., None]
+
+
+@functools.lru_cache(maxsize=256)
+def _past(tokens: int, dtype: str) -> np.ndarray[Any, Any]:
+    """1 where s < t, else 0: ``[tokens, tokens]``."""
+    return np.tril(np.ones((tokens, tokens)), -1).astype(dtype)
 
 
 @functools.lru_cache(maxsize=256)
 def _past_bias(tokens: int, dtype: str) -> np.ndarray[Any, Any]:
     """0 where s < t, else -inf: added before the exponential, which would overflow where s > t."""
-    return np.where(np.tril(np.ones((tokens, tokens), dtype=bool), -1), 0.0, -np.inf).astype(dtype)
+    return np.where(_past(tokens, dtype) == 1, 0.0, -np.inf).astype(dtype)
 
 
 def _row_sums(v: Array) -> Array:
@@ -122,12 +139,8 @@ def scan(lanes: Lanes, y: Array, states: Array, Q: int, R: int) -> None:
         past = xp.matmul(c.C, S)
         past *= c.at_positions(c.since)
         out += past  # (2) what the state before the chunk tells them
-        for r in range(R):
-            for s in range(R):
-                own = c.diagonal * c.own_scores(r, s, c.scores)
-                if r == s:
-                    own += lanes.D[..., None]
-                out[..., r::R, :] += own[..., None] * c.x[..., s::R, :]  # (3) what a token tells itself
+        for r, s in c.ranks:
+            out[..., r::R, :] += c.own_weight(r, s, lanes.D) * c.x[..., s::R, :]  # (3) what a token tells itself
         y[..., c.positions, :] = out
         leaving = c.entering * c.at_positions(c.until)
         S = S * c.since[..., -1:, None]
@@ -141,59 +154,57 @@ def scan_backward(dy: Array, lanes: Lanes, states: Array, grads: Lanes, Q: int, 
     grads.D[...] = 0
     for number, (i, j) in reversed(list(enumerate(parallel.tiles(T, Q)))):
         c, S = _Chunk(lanes, i, j, R), states[number]
+        past = to_device(_past(j - i, S.dtype.name), S)
         dout = dy[..., c.positions, :]
         # (4) S' = since_Q S + Bᵀ (until ∘ entering)
         until, since = c.at_positions(c.until), c.at_positions(c.since)
         dentering = xp.matmul(c.B, dS)
         dentering *= until
         dB = xp.matmul(c.entering * until, dS.swapaxes(-1, -2)).sum(axis=2, keepdims=True)
-        duntil = c.of_tokens(_row_sums(c.entering * dentering))  # times until: of its logarithm
-        dcum = -duntil
-        dcum[..., -1] += _row_sums(duntil)
-        left = S * c.since[..., -1:, None]
-        dcum[..., -1] += (dS * left).reshape(*dS.shape[:3], -1).sum(axis=-1)
+        # The gradient of a_t is what passes through its decay, be it from token to token or by way of a state.
+        leaving = c.of_tokens(_row_sums(c.entering * dentering))  # from token s to the end: through all after s
+        through = dS * S
+        through *= c.since[..., -1:, None]
+        da = through.reshape(*dS.shape[:3], -1).sum(axis=-1)[..., None] + xp.matmul(leaving, past.T)
         dS = dS * c.since[..., -1:, None]
         # (3) y_r += (diagonal (C_r·B_s) + D [r = s]) x_s
-        dx, dscores_own = xp.zeros(dout.shape, dtype=dy.dtype), []
-        ddiagonal = xp.zeros(c.diagonal.shape, dtype=dy.dtype)
-        for r in range(R):
-            for s in range(R):
-                score = c.own_scores(r, s, c.scores)
-                down = _row_sums(dout[..., r::R, :] * c.x[..., s::R, :])
-                own = c.diagonal * score
-                if r == s:
-                    grads.D[...] += down.sum(axis=-1).sum(axis=0)
-                    own += lanes.D[..., None]
-                dx[..., s::R, :] += own[..., None] * dout[..., r::R, :]
-                ddiagonal += down * score
-                dscores_own.append((r, s, (down * c.diagonal).sum(axis=2, keepdims=True)))
+        dx, ddiagonal = xp.zeros(dout.shape, dtype=dy.dtype), xp.zeros(c.diagonal.shape, dtype=dy.dtype)
+        dscores_own = []
+        for r, s in c.ranks:
+            down = _row_sums(dout[..., r::R, :] * c.x[..., s::R, :])  # the gradient of the weight
+            dx[..., s::R, :] += c.own_weight(r, s, lanes.D) * dout[..., r::R, :]
+            ddiagonal += down * c.own_score(r, s)
+            dscores_own.append((down * c.diagonal).sum(axis=2, keepdims=True))
+            if r == s:
+                grads.D[...] += down.sum(axis=-1).sum(axis=0)
         # (2) y += since ∘ (C S)
         dpast = dout * since
-        past = xp.matmul(c.C, S)
-        past *= dpast
-        dcum += c.of_tokens(_row_sums(past))
+        arriving = xp.matmul(c.C, S)
+        arriving *= dpast
+        da += xp.matmul(c.of_tokens(_row_sums(arriving)), 1 - past.T)  # from before to token t: through all up to t
         dC = xp.matmul(dpast, S.swapaxes(-1, -2)).sum(axis=2, keepdims=True)
         dS += xp.matmul(c.C.swapaxes(-1, -2), dpast)
-        # (1) y = weights entering;  weights = scores ∘ decay, the decay's exponent being cum_t - cum_s
+        # (1) y = weights entering;  weights = scores ∘ decay
         dentering += xp.matmul(c.weights.swapaxes(-1, -2), dout)
         dweights = xp.matmul(dout, c.entering.swapaxes(-1, -2))
         dscores = c.by_token(dweights)
         dscores *= c.decay[..., :, None, :, None]
-        of_exponent = dscores * c.by_token(c.scores)
-        of_exponent = of_exponent.sum(axis=-1).sum(axis=-2) if R > 1 else of_exponent[..., 0, :, 0]  # [b,g,h,Q,Q]
-        dcum += _row_sums(of_exponent)
-        dcum -= _row_sums(of_exponent.swapaxes(-1, -2))
+        pairs = dscores * c.by_token(c.scores)
+        pairs = pairs.sum(axis=-1).sum(axis=-2) if R > 1 else pairs[..., 0, :, 0]  # [b,g,h,Q,Q]
+        pairs = xp.matmul(1 - past, pairs)  # from s to t or any later token …
+        pairs *= past  # … of which those that begin before t
+        da += _row_sums(pairs)
         dscores = dweights.sum(axis=2, keepdims=True)
         t = xp.arange(j - i)
-        for r, s, down in dscores_own:
-            c.by_token(dscores)[..., t, r, t, s] = down
+        for (r, s), own in zip(c.ranks, dscores_own, strict=True):
+            c.by_token(dscores)[..., t, r, t, s] = own
         dC += xp.matmul(dscores, c.B)
         dB += xp.matmul(dscores.swapaxes(-1, -2), c.C)
-        # entering = x ∘ inflow;  cum = a_i + … + a_t
+        # entering = x ∘ inflow
         dx += dentering * c.at_positions(c.inflow)
         dentering *= c.x
         grads.x[..., c.positions, :] = dx
         grads.inflow[..., i:j] = c.of_tokens(_row_sums(dentering))
         grads.diagonal[..., i:j] = ddiagonal
-        grads.a[..., i:j] = xp.flip(xp.cumsum(xp.flip(dcum, -1), axis=-1), -1)
+        grads.a[..., i:j] = da
         grads.B[..., c.positions, :], grads.C[..., c.positions, :] = dB, dC

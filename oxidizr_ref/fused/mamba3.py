@@ -145,7 +145,7 @@ class Mamba3Scan(Function):
         x, xp = inputs[0], xp_of(inputs[0])
         (batch, T, R, H, P), N = x.shape, inputs[4].shape[-1]
         self.inputs, self.chunk = inputs, max(1, chunk // R)  # tokens, so that a chunk has as many positions at any rank
-        self.tiles = lane_tiles(batch, H, 1, min(self.chunk, T) * R)  # every head has a B̄ and C̄ of its own
+        self.tiles = _head_tiles(batch, inputs[4].shape[3], H, min(self.chunk, T) * R)
         self.states = xp.empty((len(parallel.tiles(T, self.chunk)), batch, H, 1, N, P), dtype=x.dtype)
         y = xp.empty(x.shape, dtype=x.dtype)
 
@@ -161,8 +161,8 @@ class Mamba3Scan(Function):
         x, a, inflow, diagonal, B, _, B_bias, _, phi, _ = self.inputs
         R, H, G = x.shape[2], x.shape[3], B.shape[3]
         dx, da, dinflow, ddiagonal, dphi = (xp.empty(v.shape, dtype=dy.dtype) for v in (x, a, inflow, diagonal, phi))
-        by_head = (*B.shape[:3], H, B.shape[4])
-        dB, dC = (xp.empty(by_head, dtype=dy.dtype) for _ in range(2))
+        parts = 1 + max((at.part for at in tiles), default=0)
+        dB, dC = (xp.zeros((parts, *B.shape), dtype=dy.dtype) for _ in range(2))
         dbias, dD = xp.empty((2, x.shape[0], *B_bias.shape), dtype=dy.dtype), xp.zeros((x.shape[0], H), dtype=dy.dtype)
 
         def lanes(index: int) -> None:
@@ -183,13 +183,15 @@ class Mamba3Scan(Function):
             dangle = _across(a.B, grads.B, angle) + _across(a.C, grads.C, angle)
             b, h, TR, S = dangle.shape
             dphi[at.sequences, :, at.groups] = dangle.reshape(b, h, TR // R, R, S).sum(axis=3).transpose(0, 2, 1, 3)
+            groups = slice(at.groups.start * G // H, -(-at.groups.stop * G // H))
             for i, (whole, grad) in enumerate(((dB, grads.B), (dC, grads.C))):
                 back = turn(grad[:, :, 0], -angle).reshape(b, h, TR // R, R, -1)
-                whole[at.sequences, :, :, at.groups] = back.transpose(0, 2, 3, 1, 4)
                 dbias[i, at.sequences, at.groups] = back.sum(axis=2)
+                back = back.reshape(b, groups.stop - groups.start, -1, *back.shape[2:]).sum(axis=2)  # [b,g,T,R,N]
+                whole[at.part, at.sequences, :, :, groups] = back.transpose(0, 2, 3, 1, 4)
 
         parallel.for_each(len(tiles), lanes)
-        dB, dC = (v.reshape(*B.shape[:4], H // G, B.shape[4]).sum(axis=4) for v in (dB, dC))
+        dB, dC = (parallel.tree_sum(list(of_parts)) for of_parts in (dB, dC))
         zero, none = xp.zeros(B_bias.shape, dtype=dy.dtype), xp.zeros(H, dtype=dy.dtype)
         dB_bias, dC_bias = (parallel.tree_sum([zero, *of_sequences]) for of_sequences in dbias)
         return dx, da, dinflow, ddiagonal, dB, dC, dB_bias, dC_bias, dphi, parallel.tree_sum([none, *dD])
@@ -214,6 +216,15 @@ class Mamba3Scan(Function):
             C=turned(C, C_bias),
             D=D[at.groups, None],
         )
+
+
+def _head_tiles(B: int, G: int, H: int, positions: int) -> list[LaneTile]:
+    """Tiles of neighbouring heads: whole groups, or a part of one. To the scan every head is a group: its B̄ is its own."""
+    tiles = []
+    for sequences, groups, heads, part in lane_tiles(B, G, H // G, positions):
+        first, last = groups.start * (H // G) + heads.start, (groups.stop - 1) * (H // G) + heads.stop
+        tiles.append(LaneTile(sequences, slice(first, last), slice(0, 1), part))
+    return tiles
 
 
 def _positions(v: Array, at: LaneTile) -> Array:
