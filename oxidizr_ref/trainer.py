@@ -98,6 +98,7 @@ class Trainer:
             routed.append([])
             loss = self.model.loss(tokens, targets, self.tokens_a_step, t.load_balance_alpha, routed[-1])
             loss.backward()
+            routed[-1] = [routing._replace(balance=routing.balance.detach()) for routing in routed[-1]]  # free their graphs
             losses.push(loss.item())
             gradients.push(self._take_gradients())
             if signals is not None and signals.stop is not None:

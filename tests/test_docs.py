@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from oxidizr_ref.config import bundled_config_names, load_config
-from oxidizr_ref.model import LanguageModel
-
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("notebooks/*.md")]
 
@@ -33,11 +30,3 @@ def test_every_path_of_the_readmes_tree_exists():
     found = [(REPOSITORY / ("oxidizr_ref" if indent else "."), name) for indent, group in names for name in group.split()]
     assert len(found) > 25
     assert [name for base, name in found if not list(base.glob(name.rstrip("/")))] == []
-
-
-@pytest.mark.parametrize("name", bundled_config_names())
-def test_every_bundled_model_can_be_built_and_has_the_parameters_of_the_formula(name):
-    m = load_config(name).model
-    D, L, V = m.hidden_size, m.num_layers, m.vocab_size
-    layer = 2 * D + 2 * D * D + 2 * D * m.kv_heads * m.head_dim + 3 * D * m.intermediate_size
-    assert LanguageModel(m, seed=None).num_parameters() == 2 * V * D + L * layer + D

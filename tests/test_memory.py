@@ -32,10 +32,10 @@ data: {path: random}
 """
 
 
-def peak_of_two_steps_and_a_save(tmp_path, **sizes) -> tuple[int, int, int]:
+def peak_of_two_steps_and_a_save(tmp_path, text: str) -> tuple[int, int, int]:
     """(peak bytes of a child process, parameters, estimated bytes)."""
     path = tmp_path / "model.yaml"
-    path.write_text(CONFIG % sizes)
+    path.write_text(text)
     child = subprocess.run(
         [sys.executable, "-c", CHILD, "train", "-f", str(path), "--headless"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -49,7 +49,9 @@ def peak_of_two_steps_and_a_save(tmp_path, **sizes) -> tuple[int, int, int]:
 
 
 def test_the_full_logits_never_exist(tmp_path):
-    peak, parameters, estimate = peak_of_two_steps_and_a_save(tmp_path, hidden=32, layers=1, heads=2, inner=64, vocab=64000)
+    peak, parameters, estimate = peak_of_two_steps_and_a_save(
+        tmp_path, CONFIG % {"hidden": 32, "layers": 1, "heads": 2, "inner": 64, "vocab": 64000}
+    )
     full_logits = 4 * 512 * 64000 * 4  # 524 MB
     assert peak < 16 * parameters + 0.4 * full_logits
     assert estimate == pytest.approx(peak, rel=0.25)
@@ -58,10 +60,48 @@ def test_the_full_logits_never_exist(tmp_path):
 @pytest.mark.long
 def test_a_vocabulary_of_128354_trains_within_600_mb_beyond_weights_gradients_and_moments(tmp_path):
     peak, parameters, estimate = peak_of_two_steps_and_a_save(
-        tmp_path, hidden=384, layers=8, heads=6, inner=1536, vocab=128354
+        tmp_path, CONFIG % {"hidden": 384, "layers": 8, "heads": 6, "inner": 1536, "vocab": 128354}
     )
     print(f"peak {peak / 1e6:.0f} MB, bound {(16 * parameters + 600e6) / 1e6:.0f} MB, estimate {estimate / 1e6:.0f} MB")
     assert peak < 16 * parameters + 600e6
+    assert estimate == pytest.approx(peak, rel=0.25)
+
+
+# Four layers whose activations, not their weights or the interpreter, are most of the peak. The estimate counts what is kept
+# to the byte (test_memory_kept.py); what exists for a moment in the backward pass, the interpreter, and memory the allocator
+# does not give back are not known so well: hence a quarter.
+SIZES = {"hidden_size": 192, "num_layers": 4, "num_heads": 6, "vocab_size": 2000, "max_seq_len": 512}
+TRAINER = {"learning_rate": 3e-4, "batch_size": 4, "max_steps": 2, "target_device": "cpu", "checkpoint_dir": "run"}
+MAMBA2 = {"mamba2_num_heads": 24, "mamba2_head_dim": 16, "mamba2_state_size": 32, "mamba2_chunk_size": 64}
+MAMBA3 = {**MAMBA2, "mamba3_enabled": True}
+MLA = {"kv_latent_dim": 96, "q_latent_dim": 96, "d_rope": 16}
+MOE = {"num_experts": 4, "experts_per_tok": 2, "intermediate_size": 384}
+SWITCH = {**MOE, "experts_per_tok": 1, "shared_expert_enabled": True}
+PURE = {"mamba_layers": [0, 1, 2, 3]}
+HYBRID = {**MLA, **MOE, "mamba_layers": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param({**HYBRID, **MAMBA2, "shared_expert_enabled": True}, id="hybrid-of-mamba2"),
+        pytest.param({**HYBRID, **MAMBA3}, id="hybrid-of-mamba3", marks=pytest.mark.long),
+        pytest.param({"kv_heads": 3}, id="gqa", marks=pytest.mark.long),
+        pytest.param(MLA, id="mla", marks=pytest.mark.long),
+        pytest.param(MOE, id="moe", marks=pytest.mark.long),
+        pytest.param(SWITCH, id="moe-of-one-and-a-shared-one", marks=pytest.mark.long),
+        pytest.param(PURE, id="mamba1", marks=pytest.mark.long),
+        pytest.param({**PURE, **MAMBA2}, id="mamba2", marks=pytest.mark.long),
+        pytest.param({**PURE, **MAMBA2, "mamba2_state_size": 128}, id="mamba2-large-state", marks=pytest.mark.long),
+        pytest.param({**PURE, **MAMBA3}, id="mamba3", marks=pytest.mark.long),
+        pytest.param({**PURE, **MAMBA3, "mamba3_use_conv": True}, id="mamba3-convolution", marks=pytest.mark.long),
+        pytest.param({**PURE, **MAMBA3, "mamba3_mimo_rank": 4}, id="mamba3-rank-4", marks=pytest.mark.long),
+    ],
+)
+def test_the_peak_of_a_run_is_within_a_quarter_of_the_estimate(tmp_path, model):
+    text = json.dumps({"model": {**SIZES, **model}, "trainer": TRAINER, "data": {"path": "random"}})
+    peak, _, estimate = peak_of_two_steps_and_a_save(tmp_path, text)
+    print(f"peak {peak / 1e6:.0f} MB, estimate {estimate / 1e6:.0f} MB")
     assert estimate == pytest.approx(peak, rel=0.25)
 
 

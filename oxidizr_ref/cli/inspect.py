@@ -1,7 +1,8 @@
-"""``oxidizr-ref inspect``: what is in a checkpoint."""
+"""``oxidizr-ref inspect``: what is in a checkpoint; of a config, see `config_view.py`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,12 @@ from rich.text import Text
 
 from oxidizr_ref.checkpoint.contents import JSON_KEYS, Contents, Numbers, file_meant, look_into, total
 from oxidizr_ref.checkpoint.header import DTYPE_NAMES
+from oxidizr_ref.cli.config_view import show_config
 from oxidizr_ref.cli.words import counted, of, printable, short, size_of, words
-from oxidizr_ref.config import canonical_json
+from oxidizr_ref.config import canonical_json, load_config
+from oxidizr_ref.errors import UsageError
 
+_WITH_F = "With -f"
 _PROOF = "header proved whole; payload not verified, see `oxidizr-ref verify`"
 #: Shown in this order; other keys of the progress follow.
 _PROGRESS = ("step", "epoch", "cursor", "tokens_seen")
@@ -25,10 +29,47 @@ _SHOWN = {"format_version", "numerics_version", *JSON_KEYS}
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint file, or a directory: its newest step file.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="A checkpoint file, or a directory: its newest step file.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("-f", "--config", metavar="FILE", help="Instead, a YAML config: a path, or a bundled model."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on stdout instead.")] = False,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens a window.", rich_help_panel=_WITH_F)] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Windows a batch.", rich_help_panel=_WITH_F)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="f32, bf16, f16 or f64.", rich_help_panel=_WITH_F)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config; repeatable.", rich_help_panel=_WITH_F),
+    ] = None,
 ) -> int:
-    """Show what a checkpoint holds: progress, config, origin, and every tensor with its norm."""
+    """Show what a checkpoint holds: progress, config, origin, and every tensor with its norm.
+
+    With `-f`, what a config makes: its layers, their parameters, and the memory that training takes.
+    """
+    given = {
+        "--seq-len": ("model.max_seq_len", seq_len),
+        "--batch-size": ("trainer.batch_size", batch_size),
+        "--dtype": ("model.dtype", dtype),
+    }
+    flags = {f"{flag} {value}": f"{key}={json.dumps(value)}" for flag, (key, value) in given.items() if value is not None}
+    if (path is None) == (config is None):
+        raise UsageError(f"inspect: give a checkpoint (PATH) or a config (-f CONFIG){', not both' if path else ''}")
+    if config is not None:
+        show_config(load_config(config, settings or [], flags), as_json)
+        return 0
+    if path is None or flags or settings:
+        raise UsageError(
+            f"inspect: {', '.join([*flags, *(['--set'] if settings else [])])} changes a config; give -f CONFIG"
+        )
+    return _show_checkpoint(path, as_json)
+
+
+def _show_checkpoint(path: Path, as_json: bool) -> int:
     file = file_meant(path)
     contents = look_into(file)
     if as_json:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oxidizr_ref.checkpoint.disk import free_bytes
+from oxidizr_ref.cli.config_view import memory_words
 from oxidizr_ref.cli.words import printable_lines, size_of
 from oxidizr_ref.memory import estimate_memory, resident_bytes
 from oxidizr_ref.run import Record, Reporter
@@ -99,14 +100,11 @@ def make_reporter(headless: bool) -> Reporter:
 
 def _introduction(trainer: Trainer) -> str:
     """What is about to be trained, the memory that takes, and the disk."""
-    model, estimate = trainer.config.model, estimate_memory(trainer.config)
-    parts = ("parameters", "gradients", "moments", "activations", "logits", "snapshot")
-    sizes = {name: getattr(estimate, name) for name in parts}
-    detail = ", ".join(f"{name} {size_of(size)}" for name, size in sizes.items() if size)
+    model = trainer.config.model
     return (
         f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
         f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
-        f"memory: about {size_of(estimate.total)} ({detail})\n{_disk(trainer)}"
+        f"memory: {memory_words(estimate_memory(trainer.config))}\n{_disk(trainer)}"
     )
 
 

@@ -18,7 +18,14 @@ from oxidizr_ref.errors import OxidizrError
 from oxidizr_ref.fingerprint import fingerprint
 
 _STEPS, _EVERY = 24, 6
-_SMALL = ("model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=2", "trainer.num_epochs=1")
+_SMALL = (
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "model.num_layers=2",
+    "model.mamba_layers=[0]",
+    "model.mamba2_num_heads=8",
+    "trainer.num_epochs=1",
+)
 
 
 def selftest() -> int:

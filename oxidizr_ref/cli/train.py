@@ -203,10 +203,11 @@ def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -
 
 
 def _sample(trainer: Trainer) -> str:
-    """A text the trained model writes, beginning where a document or a line would."""
-    begin = "<|endoftext|>" if trainer.tokenizer.name == "byte" else "\n"
-    prompt = trainer.tokenizer.encode(begin).astype(np.int64)
-    text = trainer.tokenizer.decode(sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE)).strip()
+    """A text the trained model writes, beginning where a document would, or a line: the first character of most texts."""
+    tokenizer = trainer.tokenizer
+    prompt = tokenizer.encode("<|endoftext|>").astype(np.int64) if tokenizer.name == "byte" else np.zeros(1, dtype=np.int64)
+    ids = sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, below=tokenizer.vocab_size)
+    text = tokenizer.decode(ids).strip()
     # What a young model of bytes says may be a command to the terminal.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
