@@ -193,7 +193,7 @@ def test_a_tokens_experts_do_not_depend_on_its_neighbours_or_their_number() -> N
 
 def test_routing_output_and_gradients_are_the_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shrink_tiles(monkeypatch.setattr)
-    keys = {**tiny.WIDE, "num_layers": 1, "vocab_size": 260, "intermediate_size": 72}
+    keys = {**tiny.WIDE["llama"], "num_layers": 1, "vocab_size": 260, "intermediate_size": 72}
     model = LanguageModel(config("f32", **keys), seed=0)
     generator = np.random.default_rng(5)
     tokens, targets = generator.integers(0, 260, (2, 4, 64))

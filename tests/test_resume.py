@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import architectures
 import numpy as np
 import pytest
 import tiny
@@ -126,6 +127,40 @@ def test_a_resumed_trainer_holds_the_state_of_the_one_that_saved(tmp_path: Path)
     assert second.optimizer.updates == 8
     arrays = [*second.model.state_dict().values(), *second.optimizer.state_dict().values()]
     assert all(array.flags.owndata and array.flags.c_contiguous and array.flags.aligned for array in arrays)
+
+
+@pytest.mark.parametrize("architecture", architectures.NAMES)
+def test_every_architecture_stopped_and_resumed_half_way_makes_the_same_bytes(tmp_path: Path, architecture: str) -> None:
+    # bf16, so that the bits of stochastic rounding count too; the gradient clipped, held-out losses in the metrics.
+    model = {**architectures.ARCHITECTURES[architecture], "dtype": "bf16"}
+    trainer = {"save_interval": 3, "load_balance_alpha": 0.1, "max_grad_norm": 0.1, "eval_fraction": 0.2, "eval_interval": 2}
+    run = tiny.make_run(tmp_path, model, trainer, characters=300)
+
+    class Spy(Reporter):
+        def __init__(self) -> None:
+            self.begun_at, self.steps = -1, list[int]()
+
+        def begin(self, trainer: Trainer) -> None:
+            self.begun_at = trainer.step
+
+        def step(self, record: dict[str, Any], logged: bool) -> None:  # noqa: ARG002
+            self.steps.append(record["step"])
+
+    def fit(into: str, last: int, weights: int) -> tuple[int, list[int]]:
+        """A trainer of its own, whose model begins with the weights of a seed. Returns where it began, the steps it did."""
+        settings = [f"trainer.checkpoint_dir={run.into(into).directory}", f"trainer.max_steps={last}"]
+        config, spy = load_config(run.config, settings), Spy()
+        with mock.patch("os.fsync"):  # slow, and of no concern here
+            Trainer(config, LanguageModel(config.model, weights), options=RunOptions("auto"), reporter=spy).fit()
+        return spy.begun_at, spy.steps
+
+    assert fit("whole", 6, weights=0) == (0, [1, 2, 3, 4, 5, 6])
+    assert fit("halves", 3, weights=0) == (0, [1, 2, 3])
+    assert fit("halves", 6, weights=999) == (3, [4, 5, 6])
+    whole, halves = run.into("whole"), run.into("halves")
+    assert list(tiny.step_files(whole.directory)) == [3, 6]
+    assert tiny.step_files(halves.directory) == tiny.step_files(whole.directory)
+    assert halves.metrics() == whole.metrics()
 
 
 def test_a_run_killed_before_its_first_file_starts_again_and_says_so(

@@ -92,19 +92,20 @@ Tests (cases of parametrized ones counted singly) whose names or parameters conc
 def main() -> None:
     """Measure, count, write."""
     command = [sys.executable, str(REPOSITORY / "tests" / "oracle" / "measuring.py")]
-    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured = [json.loads(line) for line in printed.splitlines()]
     packages = ("numpy", "torch", "transformers")
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     page = TEXT.format(versions=versions, table=_table(measured), counts=_counts())
     PAGE.write_text(page, encoding="utf-8")
 
 
-def _table(measured: dict[str, dict[str, Any]]) -> str:
+def _table(measured: list[dict[str, Any]]) -> str:
     worst: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
-    for key, errors in measured.items():
-        case, dtype, _ = key.rsplit(maxsplit=2)
+    for errors in measured:
+        of_model = worst[errors["model"], errors["dtype"]]
         for what in ("forward", "gradients", "losses", "parameters"):
-            worst[case, dtype][what] = max(worst[case, dtype][what], errors[what])
+            of_model[what] = max(of_model[what], errors[what])
     lines = [
         "| architecture | against | f64 forward | gradients | losses | parameters | f32 forward | gradients | losses |",
         "|---|---|---|---|---|---|---|---|---|",
