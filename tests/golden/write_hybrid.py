@@ -1,21 +1,17 @@
 """Write `hybrid.safetensors`: a small model of nano's kind, as plain PyTorch computes it in float64.
 
-``python tests/golden/write_hybrid.py`` needs torch. Layers: Mamba2, then MLA with a mixture of experts (two of four, and a
-shared one), then Mamba2; the loss has a balance loss. The oracle is `oracle/twins.py`. Knows nothing of oxidizr_ref but the
-names of its parameters and config keys.
+``python -m golden.write_hybrid``, run in ``tests/``, needs torch. Layers: Mamba2, then MLA with a mixture of experts
+(two of four, and a shared one), then Mamba2; the loss has a balance loss. The oracle is `oracle/twins.py`. Knows
+nothing of oxidizr_ref but the names of its parameters and config keys.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from recording import fill, record, token_ids
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from golden.recording import fill, record, token_ids
 from oracle import twins
 
 SIZES: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """Write `mamba1.safetensors`: what Hugging Face's Mamba, a loop over tokens in plain PyTorch, computes in float64.
 
-``python tests/golden/write_mamba1.py`` needs torch and transformers. The functions here build that model for any sizes and
-name its weights as oxidizr does; they know nothing else of oxidizr_ref. `in_float64` and `forward_of` serve Mamba 2, too.
+``python -m golden.write_mamba1``, run in ``tests/``, needs torch and transformers. The functions here build that
+model for any sizes and name its weights as oxidizr does; they know nothing else of oxidizr_ref. `in_float64` and
+`forward_of` serve Mamba 2, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from golden import recording
 
 # A hidden size of 17 makes the rank of the time steps 2.
 SIZES: dict[str, Any] = {
@@ -92,8 +94,6 @@ def forward_of(model: torch.nn.Module) -> Callable[[torch.Tensor], tuple[torch.T
 
 def main() -> None:
     """Compute everything and write the file beside this script."""
-    import recording  # beside this script; tests import this module as `golden.write_mamba1` and do not record
-
     model = in_float64(make_model(SIZES))
     parameters = {our_name(name): p for name, p in model.named_parameters()}
     recording.fill(parameters, SEED)

@@ -1,7 +1,8 @@
 """Write `mamba2.safetensors`: what Hugging Face's Mamba 2, chunks in plain PyTorch, computes in float64 with two groups.
 
-``python tests/golden/write_mamba2.py`` needs torch and transformers. The functions here build that model for any sizes and
-name its weights as oxidizr does; they know nothing else of oxidizr_ref. `write_mamba1` tells what runs it in float64.
+``python -m golden.write_mamba2``, run in ``tests/``, needs torch and transformers. The functions here build that
+model for any sizes and name its weights as oxidizr does; they know nothing else of oxidizr_ref. `write_mamba1` tells
+what runs it in float64.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from golden import recording
+from golden.write_mamba1 import forward_of, in_float64
 
 # Two groups of three heads, which share B, C and a norm's root mean square; two chunks of five tokens and a rest of two.
 SIZES: dict[str, Any] = {
@@ -63,9 +66,6 @@ def our_name(theirs: str) -> str:
 
 def main() -> None:
     """Compute everything and write the file beside this script."""
-    import recording  # beside this script, as is write_mamba1; tests import this one as `golden.write_mamba2`
-    from write_mamba1 import forward_of, in_float64
-
     model = in_float64(make_model(SIZES))
     parameters = {our_name(name): p for name, p in model.named_parameters()}
     recording.fill(parameters, SEED)

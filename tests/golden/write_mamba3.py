@@ -1,21 +1,17 @@
 """Write `mamba3.safetensors` and `mamba3_mimo.safetensors`: what a plain PyTorch Mamba3 computes in float64.
 
-``python tests/golden/write_mamba3.py`` needs torch. No library had a Mamba3 that runs on a CPU, so the oracle is
-`oracle/twins.py`, the recurrence written token by token; the official numbers of the recurrence itself are in
-`mamba3_official.safetensors`, and the package is held against both. Knows nothing of oxidizr_ref but its names.
+``python -m golden.write_mamba3``, run in ``tests/``, needs torch. No library had a Mamba3 that runs on a CPU, so the
+oracle is `oracle/twins.py`, the recurrence written token by token; the official numbers of the recurrence itself are
+in `mamba3_official.safetensors`, and the package is held against both. Knows nothing of oxidizr_ref but its names.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from recording import fill, record, token_ids
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from golden.recording import fill, record, token_ids
 from oracle import twins
 
 # Chunks of 5 tokens in sequences of 12, for MIMO of one token (5 // 3): several, the last one not full.

@@ -1,11 +1,12 @@
 """Write `mla.safetensors`: what Hugging Face's DeepSeek-V3, a model with latent attention, computes in float64.
 
-``python tests/golden/write_mla.py`` needs torch and transformers. The functions here build that model for any sizes and read
-its weights from tensors under oxidizr's names; they know nothing else of oxidizr_ref.
+``python -m golden.write_mla``, run in ``tests/``, needs torch and transformers. The functions here build that model
+for any sizes and read its weights from tensors under oxidizr's names; they know nothing else of oxidizr_ref.
 
 oxidizr's latent attention is DeepSeek's, but for two things. It has a query latent, yet reads the rotated part of the
 queries from the hidden state; and its latents are not normalized, unless ``mla_latent_norm`` asks for it. So the model's
 query weights are composed of oxidizr's: see `their_weights`.
+
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from golden import recording
+from golden.exact import Float64Rotary, in_float64
 from torch.func import functional_call
 
 SIZES: dict[str, Any] = {
@@ -34,33 +37,6 @@ SIZES: dict[str, Any] = {
 BATCH, SEED = 2, 11
 
 Parameters = Mapping[str, torch.Tensor]
-
-
-class Float64Rotary(torch.nn.Module):
-    """cos and sin of the rotation angles in float64; the library's own module computes them in float32."""
-
-    def __init__(self, theta: float, width: int) -> None:
-        super().__init__()
-        self.frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-
-    def forward(self, _: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].to(torch.float64) * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-
-def float64_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in float64; the library's own computes in float32 whatever comes in."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-def in_float64(model: torch.nn.Module, rotary: Float64Rotary) -> torch.nn.Module:
-    """A model of the library, float64 from end to end: its norms and rotation angles, too."""
-    model.to(torch.float64).model.rotary_emb = rotary
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = float64_norm.__get__(module)
-    return model
 
 
 class NormOfTheFirst(torch.nn.Module):
@@ -179,8 +155,6 @@ def forward_of(
 
 def main() -> None:
     """Compute everything and write the file beside this script."""
-    import recording  # beside this script; tests import this module as `golden.write_mla` and do not record
-
     shapes = our_shapes(SIZES)
     parameters = {name: torch.zeros(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
     recording.fill(parameters, SEED)

@@ -1,10 +1,10 @@
 """Write `moe.safetensors`: what Hugging Face's GraniteMoeShared, a mixture of experts, computes in float64.
 
-``python tests/golden/write_moe.py`` needs torch and transformers. The functions here build that model for any sizes and read
-its weights from tensors under oxidizr's names; they know nothing else of oxidizr_ref.
+``python -m golden.write_moe``, run in ``tests/``, needs torch and transformers. The functions here build that model
+for any sizes and read its weights from tensors under oxidizr's names; they know nothing else of oxidizr_ref.
 
-GraniteMoeShared is a Llama whose feed-forward is what oxidizr's documentation describes: the weights of a token's k experts
-are the softmax over their k logits, and a shared expert's output is added. The balance loss is Mixtral's.
+GraniteMoeShared is a Llama whose feed-forward is what oxidizr's documentation describes: the weights of a token's k
+experts are the softmax over their k logits, and a shared expert's output is added. The balance loss is Mixtral's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from golden import recording
+from golden.exact import Float64Rotary, in_float64
 from torch.func import functional_call
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -37,24 +39,6 @@ SIZES: dict[str, Any] = {
 BATCH, SEED, ALPHA = 2, 21, 0.1
 
 Parameters = Mapping[str, torch.Tensor]
-
-
-class Float64Rotary(torch.nn.Module):
-    """cos and sin of the rotation angles in float64; the library's own module computes them in float32."""
-
-    def __init__(self, theta: float, width: int) -> None:
-        super().__init__()
-        self.frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-
-    def forward(self, _: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].to(torch.float64) * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
-
-
-def float64_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in float64; the library's own computes in float32 whatever comes in."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 def probability_of_one(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,12 +79,10 @@ def make_model(sizes: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> 
     )
     model = transformers.GraniteMoeSharedForCausalLM(config).to(dtype)
     for module in model.modules():
-        if type(module).__name__ == "GraniteMoeSharedRMSNorm" and dtype == torch.float64:
-            module.forward = float64_norm.__get__(module)
         if type(module).__name__ == "GraniteMoeSharedTopKRouter" and sizes["experts_per_tok"] == 1:
             module.forward = probability_of_one.__get__(module)
     if dtype == torch.float64:
-        model.model.rotary_emb = Float64Rotary(sizes["rope_theta"], sizes["hidden_size"] // sizes["num_heads"])
+        in_float64(model, Float64Rotary(sizes["rope_theta"], sizes["hidden_size"] // sizes["num_heads"]))
     return model
 
 
@@ -179,8 +161,6 @@ def forward_of(
 
 def main() -> None:
     """Compute everything and write the file beside this script."""
-    import recording  # beside this script; tests import this module as `golden.write_moe` and do not record
-
     shapes = our_shapes(SIZES)
     parameters = {name: torch.zeros(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
     recording.fill(parameters, SEED)

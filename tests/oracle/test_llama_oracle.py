@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra 'oracle'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'oracle'")
 
+from golden import write_llama  # noqa: E402
 from oracle.measuring import (  # noqa: E402
     BOUNDS,
     TORCH_DTYPES,
@@ -31,69 +32,30 @@ from oxidizr_ref.model import LanguageModel  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
-HIDDEN, HEADS, VOCAB, LENGTH, THETA = 48, 4, 97, 37, 10000.0
-
-
-class ExactRotary(torch.nn.Module):
-    """cos and sin in float64; the library's own module computes the frequencies in float32 whatever the dtype."""
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        width = HIDDEN // HEADS
-        frequencies = THETA ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles = position_ids[..., None].to(torch.float64) * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def exact_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in the dtype of ``x``; the library's own computes in float32 whatever comes in."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-def their_name(name: str) -> str:
-    return name if name == "lm_head.weight" else f"model.{name}"
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "kv_heads": 2,
+    "intermediate_size": 112,
+    "vocab_size": 97,
+    "max_seq_len": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def llama(dtype: str, tied: bool = False) -> Case:
     """Our Llama and Hugging Face's: two query heads a key/value head."""
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 112, "vocab_size": VOCAB, "rms_norm_eps": 1e-5}
-    config = ModelConfig(
-        name="oracle",
-        num_layers=3,
-        num_heads=HEADS,
-        kv_heads=2,
-        max_seq_len=64,
-        rope_theta=THETA,
-        dtype=dtype,
-        tie_word_embeddings=tied,
-        **sizes,
-    )
-    ours = LanguageModel(config, seed=0)
-    randomize(ours)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            num_hidden_layers=3,
-            num_attention_heads=HEADS,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            attn_implementation="sdpa",  # the "eager" one takes its softmax in float32, whatever the dtype
-            **sizes,
-        )
-    ).to(TORCH_DTYPES[dtype])
-    if dtype == "f64":
-        theirs.model.rotary_emb = ExactRotary()
-        for module in theirs.modules():
-            if type(module).__name__ == "LlamaRMSNorm":
-                module.forward = exact_norm.__get__(module)
-    named = dict(theirs.named_parameters())
-    parameters = {name: named[their_name(name)] for name, _ in ours.named_parameters()}
-    assert len(parameters) == len(named)
+    sizes = {**SIZES, "tie_word_embeddings": tied}
+    ours = LanguageModel(ModelConfig(name="oracle", dtype=dtype, **sizes), seed=0)
+    randomize(ours, seed=9)
+    theirs = write_llama.make_model(sizes, TORCH_DTYPES[dtype])
 
     def forward(tokens: np.ndarray) -> tuple[torch.Tensor, float]:
         return theirs(torch.from_numpy(tokens), use_cache=False).logits, 0.0
 
-    return Case(ours, forward, parameters, random_batches(VOCAB, 3, LENGTH))
+    return Case(ours, forward, write_llama.our_parameters(theirs), random_batches(SIZES["vocab_size"], 3, 37))
 
 
 CASES = {"llama": llama, "llama_tied": functools.partial(llama, tied=True)}
