@@ -394,6 +394,13 @@ def test_metrics_of_a_run_tell_of_the_router_and_only_the_training_loss_includes
         assert balanced["loss"] - plain["loss"] == pytest.approx(0.5 * balanced["balance_loss"], rel=1e-13)
 
 
+def test_a_run_whose_experts_nothing_balances_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, (alpha, told) in enumerate(((0.0, True), (0.01, False))):
+        run = tiny.make_run(tmp_path / str(number), MOE, {"max_steps": 1, "load_balance_alpha": alpha})
+        assert run.train() == 0
+        assert ("load_balance_alpha is 0" in capsys.readouterr().err) is told
+
+
 # --- any attention with any feed-forward ------------------------------------------------------------------------------
 
 

@@ -101,11 +101,14 @@ def make_reporter(headless: bool) -> Reporter:
 def _introduction(trainer: Trainer) -> str:
     """What is about to be trained, the memory that takes, and the disk."""
     model = trainer.config.model
-    return (
+    text = (
         f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
         f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
         f"memory: {memory_words(estimate_memory(trainer.config))}\n{_disk(trainer)}"
     )
+    if model.uses_moe and "attention" in model.layer_kinds and not trainer.config.trainer.load_balance_alpha:
+        text += "\nnote: trainer.load_balance_alpha is 0, so nothing keeps the experts evenly used"
+    return text
 
 
 def _disk(trainer: Trainer) -> str:
