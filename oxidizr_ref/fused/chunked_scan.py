@@ -64,7 +64,7 @@ def lane_tiles(B: int, G: int, h: int, positions: int) -> list[LaneTile]:
 
 
 class _Chunk:
-    """The numbers of one chunk that both directions need. ``p`` marks what belongs to positions, the rest to tokens."""
+    """The numbers of one chunk that both directions need: tokens i … j-1."""
 
     def __init__(self, lanes: Lanes, i: int, j: int, R: int) -> None:
         xp = xp_of(lanes.x)
