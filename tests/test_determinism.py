@@ -161,7 +161,10 @@ def test_sigkill_at_three_moments_and_resume_auto_change_no_byte(machine: Machin
 
 
 @other_core
-@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[] if name == "mamba2_mla_moe" else [pytest.mark.long]) for name in OTHERS],
+)
 def test_sigkill_resume_and_threads_change_no_byte_of_any_kind_of_model(tmp_path: Path, architecture: str) -> None:
     """On the BLAS core that hides less; the other core, and more than this, are among the long tests."""
     env = environment_of(OTHER_CORE)

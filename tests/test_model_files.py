@@ -21,6 +21,8 @@ from oxidizr_ref.data import bundled_corpus
 
 MODELS = {path.stem: path for path in sorted((tiny.REPOSITORY / "models").glob("*.yaml"))}
 TINY = [name for name in MODELS if name.startswith("tiny-")]
+#: Those that are trained in full every day; the others in the long tests.
+QUICK = ("tiny-llama", "tiny-hybrid", "tiny-mamba3-mimo")
 #: Those of a vocabulary of 128,354: slow at their full size.
 LARGE = ["baseline", "nano", "nano_mamba2", "nano_mamba3", "nano_mamba3_hybrid", "nano_mamba3_mimo"]
 
@@ -263,7 +265,7 @@ def entropy_of_bytes() -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.long]) for name in TINY])
 def test_a_tiny_model_soon_knows_more_than_how_common_each_byte_is(tmp_path: Path, name: str) -> None:
     losses = trained(tmp_path, "-f", name, "--max-steps", 50)
     assert losses[0] > 5.4 and np.mean(losses[-5:]) < entropy_of_bytes()
