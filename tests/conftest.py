@@ -10,7 +10,7 @@ from hypothesis import settings
 
 # Derandomized: a suite that guards bit-exact training may not itself depend on chance. ``--hypothesis-profile=long``
 # searches a hundred times wider, with fresh examples in every run.
-settings.register_profile("short", deadline=None, derandomize=True, print_blob=True, max_examples=30)
+settings.register_profile("short", deadline=None, derandomize=True, print_blob=True, max_examples=20)
 settings.register_profile("long", deadline=None, print_blob=True, max_examples=3000)
 settings.load_profile("short")
 

@@ -208,7 +208,11 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+#: Those of every day; the others are among the long tests.
+QUICK = ("nano-start", "nano", "llama-start", "nano_mamba3_mimo")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.long]) for name in BUNDLED])
 def test_a_bundled_model_goes_on_from_a_file_and_from_auto(here: Path, oxidizr: Shell, name: str) -> None:
     keys = [f"--set model.{key}={json.dumps(value)}" for key, value in BUNDLED[name].items()]
     steps = "--max-steps 6 --save-interval 2 --batch-size 1 --grad-accum 2 --set trainer.eval_fraction=0"

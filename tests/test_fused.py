@@ -106,7 +106,7 @@ def largest(x: Any) -> float:
 @pytest.mark.parametrize("cut_name", CUTS)
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_fused_equals_reference_in_output_and_every_gradient_at_any_tile_size(name: str, cut_name: str, data: Any) -> None:
     example = example_of(name, data.draw)
     with CUTS[cut_name]():

@@ -1,0 +1,1 @@
+"""Trainings that tell the architectures apart."""
