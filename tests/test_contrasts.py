@@ -16,7 +16,7 @@ from oxidizr_ref import LanguageModel, parallel
 from oxidizr_ref.ops import log_softmax
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "docs" / "scripts"))
+sys.path.append(str(REPOSITORY / "docs" / "scripts"))
 
 from contrasts import curves, first_weights, runs, tasks, training  # noqa: E402 - lives beside the documentation
 

@@ -143,7 +143,7 @@ PAIRS, KEYS, VALUES = 8, 16, 16
 
 
 def recall(
-    kinds: Sequence[str] = ("attention", "mamba1", "mamba2", "mamba3"), steps: int = 800, seed: int = 0
+    kinds: Sequence[str] = ("attention", "mamba1", "mamba2", "mamba3"), steps: int = 600, seed: int = 0
 ) -> list[Curve]:
     """Two layers each; ``right``: the share of right answers to eight questions about eight pairs.
 
