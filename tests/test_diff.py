@@ -369,6 +369,10 @@ def test_distances_are_those_of_plain_python(data: st.DataObject) -> None:
         assert distance(a, b.reshape(a.shape)) == slowly(a, b.reshape(a.shape))
 
 
+def test_where_nothing_but_nans_differs_their_number_is_all_there_is_to_tell() -> None:
+    assert distance(np.array([1.0, np.nan, 3.0]), np.array([1.0, 2.0, np.nan])) == Distance(2, 1, nans=2)
+
+
 def test_both_zeros_differ_by_a_step_and_by_nothing_else() -> None:
     assert distance(np.array([0.0, -0.0]), np.array([0.0, 0.0])) == Distance(1, 1, 0.0, 0.0, 1)
 

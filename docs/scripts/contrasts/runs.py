@@ -69,11 +69,12 @@ def parity(
         return tasks.parity(drawn, 32, length, fair=False)
 
     test, other = (tasks.parity(generator(seed, stream), 64, PARITY_TESTED) for stream in (TESTING, CHOOSING))
-    begin = tasks.Batch(*(part[:, : PARITY_TRAINED + 1] for part in test))
+    end = PARITY_TRAINED + 1  # the start token, and 40 bits
+    begin = tasks.Batch(test.tokens[:, :end], test.targets[:, :end], test.scored[:, :end])
     tests: dict[str, Test] = {
-        "beyond 40": lambda model: accuracy(model, test, PARITY_TRAINED + 1),
+        "beyond 40": lambda model: accuracy(model, test, end),
         "up to 40": lambda model: accuracy(model, begin),
-        "choosing": lambda model: accuracy(model, other, PARITY_TRAINED + 1),
+        "choosing": lambda model: accuracy(model, other, end),
     }
     # Targets of .9 and .1: certainty cannot grow until it hides that a turn is not quite half a circle.
     plan = Plan(steps, rates[0], seed, smoothing=0.2, answers=2)

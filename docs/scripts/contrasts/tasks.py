@@ -77,4 +77,5 @@ def recall(generator: np.random.Generator, batch: int, pairs: int, keys: int, va
 def windows(generator: np.random.Generator, text: Ids, batch: int, length: int) -> Ids:
     """``batch`` pieces of ``length + 1`` tokens from anywhere in a text, int ``[batch, length + 1]``."""
     begin = generator.integers(0, len(text) - length, batch)
-    return text[begin[:, None] + np.arange(length + 1)]
+    pieces: Ids = text[begin[:, None] + np.arange(length + 1)]
+    return pieces
