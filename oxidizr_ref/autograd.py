@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from oxidizr_ref.backend import Array, compute_dtype, owned, to_compute, xp_of
+from oxidizr_ref.watch import watching
 
 _gradients_wanted: ContextVar[bool] = ContextVar("gradients_wanted", default=True)
 
@@ -114,9 +115,11 @@ class Tensor:
             _add_to_leaf(self, owned(gradient))
             return
 
-        waiting = {self.node: gradient}
+        waiting, watcher = {self.node: gradient}, watching()
         for node in _consumers_first(self.node):
             dy = waiting.pop(node)
+            if watcher is not None:
+                dy = watcher.gradient(node, dy)
             for parent, dx in zip(node.parents, node.differentiate(dy), strict=True):
                 if parent is None or dx is None:
                     continue
@@ -152,7 +155,13 @@ class Function:
         wanted = _gradients_wanted.get()
         node.needs = tuple(wanted and x.requires_grad for x in inputs)
         arrays = [to_compute(x.data) if cls.casts_inputs else x.data for x in inputs]
-        result = Tensor(node.forward(*arrays, **options), requires_grad=any(node.needs))
+        watcher = watching()
+        if watcher is not None:
+            arrays = watcher.operands(node, arrays)
+        y = node.forward(*arrays, **options)
+        if watcher is not None:
+            y = watcher.result(node, y)
+        result = Tensor(y, requires_grad=any(node.needs))
         if result.requires_grad:
             node.parents = tuple((x.node or x) if need else None for x, need in zip(inputs, node.needs, strict=True))
             node.input_shapes = tuple(x.shape for x in inputs)

@@ -54,3 +54,9 @@ class MismatchError(CheckpointError):
 
 class TrainingError(OxidizrError):
     """Training cannot go on (the loss or a gradient became NaN or infinite)."""
+
+
+class TraceError(OxidizrError):
+    """A trace cannot be read, or cannot be compared with the other one."""
+
+    exit_code = 2

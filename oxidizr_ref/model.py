@@ -24,6 +24,7 @@ from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
 from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
 from oxidizr_ref.layers.mamba3 import Mamba3, Mamba3Cache
 from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, check_ids
+from oxidizr_ref.watch import named
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
 INIT_STD = 0.02
@@ -54,7 +55,7 @@ class AttentionLayer(Module):
 
     def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:
         """h: ``[B,T,D]``. Returns the same shape; what the router did, if there is one, is added to ``routings``."""
-        return self._feed_forward(h + self.self_attn(self.input_layernorm(h)), routings)
+        return self._feed_forward(named("after_attention", h + self.self_attn(self.input_layernorm(h))), routings)
 
     def new_cache(self, batch: int) -> TokenCache:
         """What decoding keeps of the past."""
@@ -67,10 +68,10 @@ class AttentionLayer(Module):
     def _feed_forward(self, h: Tensor, routings: list[Routing]) -> Tensor:
         x = self.post_attention_layernorm(h)
         if not self.sparse:
-            return h + self.mlp(x)
+            return named("output", h + self.mlp(x))
         y, routing = self.moe(x)
         routings.append(routing)
-        return h + y
+        return named("output", h + y)
 
 
 class MambaLayer(Module):
@@ -81,14 +82,14 @@ class MambaLayer(Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = mamba(config, std, output_std)
 
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+    def children(self) -> Iterator[tuple[str, Parameter | Module]]:
         """As in any module, under oxidizr's names."""
-        yield from self.norm.named_parameters(f"{prefix}{self.norm_name}.")
-        yield from self.mixer.named_parameters(f"{prefix}{self.mixer_name}.")
+        yield self.norm_name, self.norm
+        yield self.mixer_name, self.mixer
 
     def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:  # noqa: ARG002 - there is no router here
         """h: ``[B,T,D]``. Returns the same shape."""
-        return h + self.mixer(self.norm(h))
+        return named("output", h + self.mixer(self.norm(h)))
 
     def new_cache(self, batch: int) -> MambaCache:
         """What decoding keeps of the past."""
@@ -133,7 +134,7 @@ class LanguageModel(Module):
 
     def __call__(self, tokens: Array) -> Tensor:
         """The logits of the next token at every position. tokens: int ``[B,T]``. Returns ``[B,T,V]``."""
-        return linear(self.hidden(np.asarray(tokens)), self._output_weight())
+        return named("logits", linear(self.hidden(np.asarray(tokens)), self._output_weight()))
 
     def loss(
         self,
@@ -160,13 +161,14 @@ class LanguageModel(Module):
         count = float(tokens.size if token_count is None else token_count)
         routings = [] if routings is None else routings
         loss = linear_cross_entropy(self.hidden(tokens, routings), self._output_weight(), targets, count)
+        named("cross_entropy", loss)
         if load_balance_alpha == 0.0 or not routings:
             return loss
         balance = routings[0].balance
         for routing in routings[1:]:
             balance = balance + routing.balance
         share = float(tokens.size) / count
-        return loss + balance * (load_balance_alpha * share / len(routings))
+        return named("loss", loss + balance * (load_balance_alpha * share / len(routings)))
 
     def new_cache(self, batch: int) -> list[Any]:
         """What decoding keeps of the past, layer by layer, before the first token of ``batch`` sequences."""

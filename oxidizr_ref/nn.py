@@ -6,6 +6,7 @@ behind it are addressed by that name, so no parameter's value depends on how man
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from oxidizr_ref.backend import Array, owned, xp_of
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.rms_norm import rms_norm
+from oxidizr_ref.watch import named, watching
 
 #: (seed, full parameter name, shape) -> first value, float32.
 Recipe: TypeAlias = Callable[[int, str, tuple[int, ...]], np.ndarray[Any, Any]]
@@ -53,18 +55,38 @@ class Parameter(Tensor):
 
 
 class Module:
-    """A part of a model. Its parameters and sub-modules are the attributes that hold them, named as they are."""
+    """A part of a model. Its parameters and sub-modules are the attributes that hold them, named as they are.
 
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """All parameters with their full dotted names, in the order they were created."""
+    For whoever watches, each call of a module is a scope: what is named inside it has the module's name before its own.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        call = vars(cls).get("__call__")
+        if call is not None:
+            setattr(cls, "__call__", _as_scope(call))  # noqa: B010 - the type checker knows the methods as they are written
+
+    def children(self) -> Iterator[tuple[str, Parameter | Module]]:
+        """The parameters and sub-modules directly in this one, in the order they were created, by name."""
         for name, value in vars(self).items():
-            if isinstance(value, Parameter):
-                yield prefix + name, value
-            elif isinstance(value, Module):
-                yield from value.named_parameters(f"{prefix}{name}.")
+            if isinstance(value, Parameter | Module):
+                yield name, value
             elif isinstance(value, list):
-                for index, item in enumerate(value):
-                    yield from item.named_parameters(f"{prefix}{name}.{index}.")
+                yield from ((f"{name}.{index}", item) for index, item in enumerate(value))
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module, its sub-modules and theirs, each with its full dotted name (of this one: "")."""
+        yield prefix, self
+        for name, child in self.children():
+            if isinstance(child, Module):
+                yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """All parameters with their full dotted names, in the order they were created."""
+        for prefix, module in self.named_modules():
+            for name, child in module.children():
+                if isinstance(child, Parameter):
+                    yield f"{prefix}.{name}" if prefix else name, child
 
     def num_parameters(self) -> int:
         """How many numbers training changes."""
@@ -102,6 +124,21 @@ class Module:
             parameter.data[...] = arrays[name]
 
 
+def _as_scope(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def scoped(self: Module, *args: Any, **kwargs: Any) -> Any:
+        watcher = watching()
+        if watcher is None:
+            return call(self, *args, **kwargs)
+        watcher.enter(self)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            watcher.leave(self)
+
+    return scoped
+
+
 class Linear(Module):
     """``y = x Wᵀ``, weight ``[out, in]``, no bias."""
 
@@ -109,7 +146,7 @@ class Linear(Module):
         self.weight = Parameter((outputs, inputs), normal(std))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return named("output", linear(x, self.weight))
 
 
 def check_ids(ids: Array, vocab_size: int, what: str) -> None:
@@ -131,7 +168,7 @@ class Embedding(Module):
     def __call__(self, ids: Array) -> Tensor:
         """ids: int ``[...]``. Returns ``[..., width]``. Raises DataError for an id outside the vocabulary."""
         check_ids(ids, self.weight.shape[0], "token")
-        return ops.lookup(self.weight, ids=ids)
+        return named("output", ops.lookup(self.weight, ids=ids))
 
 
 class RMSNorm(Module):
@@ -141,4 +178,4 @@ class RMSNorm(Module):
         self.weight, self.eps, self.groups = Parameter((width,), constant(1.0)), eps, groups
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.groups)
+        return named("output", rms_norm(x, self.weight, self.eps, self.groups))

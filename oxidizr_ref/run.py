@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from oxidizr_ref.backend import Array
 
 if TYPE_CHECKING:
     from oxidizr_ref.trainer import Trainer
@@ -49,6 +52,22 @@ class Reporter:
 
     def end(self) -> None:
         """The run is over, well or not."""
+
+
+class Witness:
+    """Shown the numbers of every step, so that they can be recorded. This one looks away; `trace` has one that records.
+
+    None of the arrays may be kept or changed: they are the live ones.
+    """
+
+    def batch(self, step: int, micro: int, tokens: Array, targets: Array) -> None:
+        """A micro-batch (counted from 1) of a step (counted from 1) is about to be computed: int ``[B,T]`` each."""
+
+    def gradients(self, summed: Mapping[str, Array], norm: float, clip_factor: float, learning_rate: float) -> None:
+        """The step's whole gradient by parameter, before it is multiplied by ``clip_factor``."""
+
+    def updated(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array]) -> None:
+        """The step is done: parameters by name, optimizer slots as ``<slot>.<parameter>``."""
 
 
 @dataclass(frozen=True)

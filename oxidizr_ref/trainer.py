@@ -34,7 +34,7 @@ from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.layers.feed_forward import Routing, router_metrics
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
-from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions
+from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions, Witness
 from oxidizr_ref.signals import Signals
 
 Gradients = dict[str, Array]
@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         t = config.trainer
         self.config, self.model, self.device = config, model, device
-        self.options, self.reporter = options or RunOptions(), reporter or Reporter()
+        self.options, self.reporter, self.witness = options or RunOptions(), reporter or Reporter(), Witness()
         data = data or open_data(config)
         self.tokenizer, self.windows = data.tokenizer, data.windows
         self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
@@ -93,8 +93,9 @@ class Trainer:
         losses: parallel.TreeCounter[float] = parallel.TreeCounter()
         gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
         routed: list[list[Routing]] = []  # of every micro-batch
-        for _ in range(t.gradient_accumulation):
+        for micro in range(1, t.gradient_accumulation + 1):
             tokens, targets = next(batches)
+            self.witness.batch(n, micro, tokens, targets)
             routed.append([])
             loss = self.model.loss(tokens, targets, self.tokens_a_step, t.load_balance_alpha, routed[-1])
             loss.backward()
@@ -107,8 +108,10 @@ class Trainer:
         self._must_be_finite(n, "the loss", total)
         norm = optim.global_norm(summed)
         self._must_be_finite(n, "the gradient norm", norm)
-        lr = self.learning_rate(n)
-        self.optimizer.step(summed, lr, optim.clip_factor(norm, t.max_grad_norm))
+        lr, factor = self.learning_rate(n), optim.clip_factor(norm, t.max_grad_norm)
+        self.witness.gradients(summed, norm, factor, lr)
+        self.optimizer.step(summed, lr, factor)
+        self.witness.updated(self.model.state_dict(), self.optimizer.state_dict())
         self.step = n
         self.cursor += self.windows_a_step
         return {

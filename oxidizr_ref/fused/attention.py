@@ -19,6 +19,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, to_device, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import named
 
 QUERY_BLOCK = 128
 #: Scores of one tile of heads: what one core works on at a time.
@@ -32,16 +33,19 @@ def causal_mask(queries: int, keys: int) -> np.ndarray[Any, Any]:
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same, composed from primitives."""
-    (B, T, H, P), (S, K, V) = q.shape, v.shape[1:]
-    q = q.reshape(B, T, K, H // K, P)
-    q = ops.transpose(q, order=(0, 2, 3, 1, 4))  # [B,K,G,T,P]
-    k = ops.transpose(k, order=(0, 2, 3, 1)).reshape(B, K, 1, P, S)
-    v = ops.transpose(v, order=(0, 2, 1, 3)).reshape(B, K, 1, S, V)
-    scores = ops.matmul(q, k) * scale
+    T, H, (S, K) = q.shape[1], q.shape[2], k.shape[1:3]
+    q, k, v = (ops.swapaxes(x, 1, 2) for x in (q, _repeat(k, H // K), _repeat(v, H // K)))  # [B,H,T or S,P or V]
+    scores = named("scores", ops.matmul(q, ops.swapaxes(k, 2, 3)) * scale)  # [B,H,T,S]
     hidden = ops.as_tensor(-np.inf, like=scores)
-    scores = ops.where(scores, hidden, condition=to_device(causal_mask(T, S), scores.data))
-    y = ops.matmul(ops.softmax(scores, axis=-1), v)  # [B,K,G,T,V]
-    return ops.transpose(y, order=(0, 3, 1, 2, 4)).reshape(B, T, H, V)
+    past = to_device(causal_mask(T, S), scores.data)
+    probs = named("probs", ops.softmax(named("masked_scores", ops.where(scores, hidden, condition=past)), axis=-1))
+    return ops.swapaxes(ops.matmul(probs, v), 1, 2)
+
+
+def _repeat(x: Tensor, G: int) -> Tensor:
+    """``[B,S,K,P]`` with each head G times in a row, ``[B,S,KG,P]``."""
+    B, S, K, P = x.shape
+    return ops.broadcast_to(x.reshape(B, S, K, 1, P), shape=(B, S, K, G, P)).reshape(B, S, K * G, P)
 
 
 class Attention(Function):

@@ -11,6 +11,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import named
 
 
 def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     pre = padded[:, :T] * weight[:, 0, 0] + bias
     for k in range(1, K):
         pre = pre + padded[:, k : k + T] * weight[:, 0, k]
-    return ops.silu(pre)
+    return ops.silu(named("pre", pre))
 
 
 class CausalConv(Function):

@@ -12,6 +12,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, to_compute, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import named
 
 #: Logits of one chunk: 32 MiB in float32.
 LOGITS = 1 << 23
@@ -21,9 +22,10 @@ FEWEST_TOKENS = 64
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Array, divisor: float) -> Tensor:
     """The same, composed from primitives."""
-    logits = ops.matmul(hidden, ops.swapaxes(weight, 0, 1))
+    logits = named("logits", ops.matmul(hidden, ops.swapaxes(weight, 0, 1)))
     picked = ops.take_along(ops.log_softmax(logits, axis=-1), ids=targets[..., None])
-    return -picked.sum() / divisor
+    losses = named("token_losses", -picked.reshape(*targets.shape))
+    return losses.sum() / divisor
 
 
 class LinearCrossEntropy(Function):

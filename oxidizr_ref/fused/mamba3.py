@@ -24,6 +24,7 @@ from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, scan, scan_backward
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import Part, named
 
 # --- φ_t = Σ_{s≤t} dt_s π tanh(angle_s)  (mod 2π) ---------------------------------------------------------------------
 
@@ -127,14 +128,16 @@ def mamba3_scan_ref(
     across = (batch, T, R, G, H // G, N)
     B, C = (ops.broadcast_to(v.reshape(batch, T, R, G, 1, N), shape=across).reshape(batch, T, R, H, N) for v in (B, C))
     B, C = (_turn_ref(v + ops.swapaxes(bias, 0, 1), phi) for v, bias in ((B, B_bias), (C, C_bias)))
-    decay, inflow, diagonal = (v.reshape(batch, T, H, 1, 1) for v in (ops.exp(a), inflow, diagonal))
+    B, C, decay = named("B_turned", B), named("C_turned", C), named("decay", ops.exp(a))
+    decay, inflow, diagonal = (v.reshape(batch, T, H, 1, 1) for v in (decay, inflow, diagonal))
     # What the ranks of a token bring together: Σ_r x^r B̄^rᵀ, [batch,T,H,P,N]
     outer = ops.matmul(ops.transpose(x, order=(0, 1, 3, 4, 2)), ops.transpose(B, order=(0, 1, 3, 2, 4)))
     C = ops.transpose(C, order=(0, 1, 3, 4, 2))  # [batch,T,H,N,R]
     h, y = outer[:, 0] * 0.0, []
     for t in range(T):
         h = h * decay[:, t]
-        out = ops.matmul(h + outer[:, t] * diagonal[:, t], C[:, t])  # [batch,H,P,R]
+        state = named("state", h + outer[:, t] * diagonal[:, t], Part(t, T))
+        out = ops.matmul(state, C[:, t])  # [batch,H,P,R]
         y.append(ops.transpose(out, order=(0, 3, 1, 2)).reshape(batch, 1, R, H, P))
         h = h + outer[:, t] * inflow[:, t]
     return ops.concatenate(*y, axis=1) + x * D.reshape(H, 1)

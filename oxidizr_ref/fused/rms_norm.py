@@ -10,13 +10,14 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import named
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """The same, composed from primitives."""
     parts = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    normed = parts / ops.sqrt((parts * parts).mean(axis=-1, keepdims=True) + eps)
-    return normed.reshape(*x.shape) * weight
+    rms = named("rms", ops.sqrt((parts * parts).mean(axis=-1, keepdims=True) + eps))  # [...,groups,1]
+    return (parts / rms).reshape(*x.shape) * weight
 
 
 class RMSNorm(Function):

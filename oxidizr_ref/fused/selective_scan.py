@@ -18,6 +18,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import Part, named
 
 #: Numbers of one tile's state: the recurrence runs over so many at a time.
 STATES = 1 << 14
@@ -28,12 +29,12 @@ BLOCK = 16
 def selective_scan_ref(x: Tensor, raw: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """The same, token by token, composed from primitives."""
     (batch, T, E), N = x.shape, A.shape[1]
-    dt = ops.softplus(raw + bias)
+    dt = named("dt", ops.softplus(raw + bias))
     decay = ops.exp(dt.reshape(batch, T, E, 1) * A)
     entering = (dt * x).reshape(batch, T, E, 1) * B.reshape(batch, T, 1, N)
     h, y = entering[:, 0], []
     for t in range(T):
-        h = h * decay[:, t] + entering[:, t] if t else h
+        h = named("state", h * decay[:, t] + entering[:, t] if t else h, Part(t, T))
         y.append(ops.matmul(h, C[:, t].reshape(batch, N, 1)).reshape(batch, 1, E))
     return ops.concatenate(*y, axis=1) + x * D
 

@@ -13,6 +13,7 @@ from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, scan, scan_backward
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import Part, named
 
 
 def ssd_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int) -> Tensor:  # noqa: ARG001
@@ -20,11 +21,11 @@ def ssd_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, c
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
     B, C = (ops.broadcast_to(v.reshape(batch, T, G, 1, N), shape=(batch, T, G, H // G, N)) for v in (B, C))
     B, C = B.reshape(batch, T, H, 1, N), C.reshape(batch, T, H, N, 1)
-    decay = ops.exp(dt * A).reshape(batch, T, H, 1, 1)
+    decay = named("decay", ops.exp(dt * A)).reshape(batch, T, H, 1, 1)
     entering = (x * dt.reshape(batch, T, H, 1)).reshape(batch, T, H, P, 1)
     h, y = entering[:, 0] * B[:, 0], []
     for t in range(T):
-        h = h * decay[:, t] + entering[:, t] * B[:, t] if t else h
+        h = named("state", h * decay[:, t] + entering[:, t] * B[:, t] if t else h, Part(t, T))
         y.append(ops.matmul(h, C[:, t]).reshape(batch, 1, H, P))
     return ops.concatenate(*y, axis=1) + x * D.reshape(H, 1)
 

@@ -10,13 +10,15 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, to_compute, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.watch import named
 
 
 def swiglu_ref(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
     """The same, composed from primitives."""
-    gate = ops.matmul(x, ops.swapaxes(gate_weight, 0, 1))
-    up = ops.matmul(x, ops.swapaxes(up_weight, 0, 1))
-    return ops.matmul(ops.silu(gate) * up, ops.swapaxes(down_weight, 0, 1))
+    gate = named("gate_proj.output", ops.matmul(x, ops.swapaxes(gate_weight, 0, 1)))
+    up = named("up_proj.output", ops.matmul(x, ops.swapaxes(up_weight, 0, 1)))
+    activation = named("activation", ops.silu(gate) * up)
+    return ops.matmul(activation, ops.swapaxes(down_weight, 0, 1))
 
 
 class SwiGLU(Function):

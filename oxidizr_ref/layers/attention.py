@@ -17,6 +17,7 @@ from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.attention import attention
 from oxidizr_ref.fused.rope import rope
 from oxidizr_ref.nn import Linear, Module, RMSNorm
+from oxidizr_ref.watch import named
 
 
 class TokenCache:
@@ -75,10 +76,10 @@ class GroupedQueryAttention(Module):
         P = self.head_dim
         q = rope(self.q_proj(x).reshape(B, T, self.num_heads, P), self.rope_theta, start)
         k = rope(self.k_proj(x).reshape(B, T, self.kv_heads, P), self.rope_theta, start)
-        return q, k, self.v_proj(x).reshape(B, T, self.kv_heads, P)
+        return named("q", q), named("k", k), self.v_proj(x).reshape(B, T, self.kv_heads, P)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = attention(q, k, v, self.head_dim**-0.5)  # [B,T,H,P]
+        y = named("context", attention(q, k, v, self.head_dim**-0.5))  # [B,T,H,P]
         return self.o_proj(y.reshape(*y.shape[:2], self.num_heads * self.head_dim))
 
 
@@ -113,9 +114,9 @@ class LatentAttention(Module):
         H, P, R = self.num_heads, self.head_dim, self.d_rope
         q, q_r, c_kv, k_r = self._project(x, 0)
         k, v = self.w_uk(c_kv).reshape(B, T, H, P), self.w_uv(c_kv).reshape(B, T, H, P)
-        k_r = ops.broadcast_to(k_r, shape=(B, T, H, R))
-        y = attention(ops.concatenate(q, q_r, axis=-1), ops.concatenate(k, k_r, axis=-1), v, self.scale)
-        return self.o_proj(y.reshape(B, T, H * P))
+        q = named("q", ops.concatenate(q, q_r, axis=-1))
+        k = named("k", ops.concatenate(k, ops.broadcast_to(k_r, shape=(B, T, H, R)), axis=-1))
+        return self.o_proj(named("context", attention(q, k, v, self.scale)).reshape(B, T, H * P))
 
     def new_cache(self, batch: int) -> TokenCache:
         """Room for the latents and rotated keys of ``max_seq_len`` tokens: L + R numbers each."""
@@ -147,7 +148,7 @@ class LatentAttention(Module):
             c_q, c_kv = self.q_norm(c_q), self.kv_norm(c_kv)
         q_r = rope(self.w_qr(x).reshape(B, T, H, R), self.rope_theta, start)
         k_r = rope(self.w_kr(x).reshape(B, T, 1, R), self.rope_theta, start)
-        return self.w_uq(c_q).reshape(B, T, H, P), q_r, c_kv, k_r
+        return self.w_uq(c_q).reshape(B, T, H, P), named("q_r", q_r), c_kv, named("k_r", k_r)
 
 
 def _one_head(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from oxidizr_ref.backend import Array, to_device, to_host, xp_of
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.swiglu import swiglu
 from oxidizr_ref.nn import Linear, Module
+from oxidizr_ref.watch import named
 
 
 class SwiGLU(Module):
@@ -28,7 +29,8 @@ class SwiGLU(Module):
         self.down_proj = Linear(intermediate_size, hidden_size, output_std)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        y = swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return named("down_proj.output", y)
 
 
 class Routing(NamedTuple):
@@ -74,13 +76,15 @@ class Router(Module):
         assignments that e was given, P_e its mean probability; 1 when even. No token is ever dropped.
         """
         logits = self.gate(x)
-        probabilities = ops.softmax(logits)
-        ids = xp_of(logits.data).argsort(-logits.data, axis=-1, kind="stable")[:, : self.k]
+        probabilities = named("probs", ops.softmax(logits))
+        order = xp_of(logits.data).argsort(-logits.data, axis=-1, kind="stable")
+        ids = named("ids", order[:, : self.k], also=("gate.output",))
         weights = ops.softmax(ops.take_along(logits, ids=ids)) if self.k > 1 else ops.take_along(probabilities, ids=ids)
+        named("weights", weights, also=("ids",))
         assigned = np.bincount(to_host(ids).reshape(-1), minlength=self.num_experts)
         share = to_device(assigned / max(1, ids.size), logits.data)
         balance = (probabilities.mean(axis=0) * ops.as_tensor(share, like=logits)).sum() * float(self.num_experts)
-        return ids, weights, Routing(assigned, balance)
+        return ids, weights, Routing(assigned, named("balance", balance, also=("ids",)))
 
 
 class MixtureOfExperts(Module):
@@ -104,11 +108,12 @@ class MixtureOfExperts(Module):
         ids, weights, routing = self.router(x)
         (n, k), xp = ids.shape, xp_of(ids)
         by_expert = xp.argsort(ids.reshape(-1), kind="stable")  # of the n·k assignments; an expert's in order of tokens
-        parts = ops.split(ops.lookup(x, ids=by_expert // k), routing.assigned.tolist(), axis=0)
+        parts = list(ops.split(ops.lookup(x, ids=by_expert // k), routing.assigned.tolist(), axis=0))
+        parts = [named(f"experts.{e}.input", part, also=("router.ids",)) for e, part in enumerate(parts)]
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
         back = xp.argsort(by_expert)  # all different: any sort gives the inverse permutation
         chosen = ops.lookup(ops.concatenate(*outputs, axis=0), ids=back).reshape(n, k, D)
         y = (chosen * weights.reshape(n, k, 1)).sum(axis=1)
         if self.shared:
             y = y + self.shared_expert(x)
-        return y.reshape(*shape), routing
+        return named("output", y.reshape(*shape)), routing

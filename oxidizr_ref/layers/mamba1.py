@@ -22,6 +22,7 @@ from oxidizr_ref.fused.selective_scan import selective_scan
 from oxidizr_ref.fused.silu_gate import silu_gate
 from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, constant, uniform
+from oxidizr_ref.watch import named
 
 
 def decay_rates(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:  # noqa: ARG001
@@ -64,13 +65,14 @@ class Mamba1(Module):
         x, z = ops.split(self.in_proj(u), (self.channels, self.channels))
         x = self.conv1d(x)
         raw, B, C = self._select(x)
-        y = selective_scan(x, raw, self.dt_proj.bias, -ops.exp(self.A_log), B, C, self.D)
-        return self.out_proj(silu_gate(y, z))
+        A = named("A", -ops.exp(self.A_log))
+        y = named("y", selective_scan(x, raw, self.dt_proj.bias, A, B, C, self.D))
+        return self.out_proj(named("gated", silu_gate(y, z)))
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C, from the input: ``[B,T,E] [B,T,N] [B,T,N]``."""
         dt, B, C = ops.split(self.x_proj(x), (self.rank, self.d_state, self.d_state))
-        return linear(dt, self.dt_proj.weight), B, C
+        return named("dt_proj.output", linear(dt, self.dt_proj.weight)), B, C
 
     def new_cache(self, batch: int) -> Mamba1Cache:
         """The state before the first token."""

@@ -21,6 +21,7 @@ from oxidizr_ref.fused.silu_gate import silu_gate
 from oxidizr_ref.fused.ssd import ssd
 from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, RMSNorm, constant
+from oxidizr_ref.watch import named
 
 
 def decay_rates(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -56,14 +57,14 @@ class Mamba2(Module):
         """u: ``[B,T,D]``. Returns ``[B,T,D]``."""
         z, xBC, dt = self._project(u)
         x, B, C = self._parts(self.conv1d(xBC))
-        y = ssd(x, dt, -ops.exp(self.A_log), B, C, self.D, self.chunk)
-        return self.out_proj(self.norm(silu_gate(y.reshape(*z.shape), z)))
+        y = named("y", ssd(x, dt, named("A", -ops.exp(self.A_log)), B, C, self.D, self.chunk))
+        return self.out_proj(self.norm(named("gated", silu_gate(y.reshape(*z.shape), z))))
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, what the convolution reads, and dt: ``[B,T,E] [B,T,E+2GN] [B,T,H]``."""
         E = self.heads * self.head_dim
         z, xBC, dt = ops.split(self.in_proj(u), (E, E + 2 * self.BC, self.heads))
-        return z, xBC, ops.softplus(dt + self.dt_bias)
+        return z, xBC, named("dt", ops.softplus(dt + self.dt_bias))
 
     def _parts(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, B and C: ``[B,T,H,P] [B,T,G,N] [B,T,G,N]``."""

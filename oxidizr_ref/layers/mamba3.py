@@ -27,6 +27,7 @@ from oxidizr_ref.fused.mamba3 import mamba3_scan, next_angle, running_angle, tur
 from oxidizr_ref.fused.silu_gate import silu_gate
 from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, RMSNorm, constant
+from oxidizr_ref.watch import named
 
 #: The slowest decay: A is at most this.
 A_MAX = -1e-4
@@ -85,10 +86,11 @@ class Mamba3(Module):
         diagonal = p.trap * p.dt  # γ_t
         late = (1.0 - p.trap) * p.dt  # what enters a step late: (1-λ_{t+1}) dt_{t+1}, nothing after the last token
         inflow = diagonal + ops.pad(late[:, 1:], widths=((0, 0), (0, 1), (0, 0)))
-        phi = running_angle(p.dt, p.angle)
-        x = _by_rank(p.x, self.mimo_x)
+        diagonal, inflow = named("diagonal", diagonal), named("inflow", inflow)
+        phi = named("phi", running_angle(p.dt, p.angle))
+        x = named("x", _by_rank(p.x, self.mimo_x))
         y = mamba3_scan(x, p.a, inflow, diagonal, p.B, p.C, self.B_bias, self.C_bias, phi, self.D, self.chunk)
-        return self._out(y, p.z)
+        return self._out(named("y", y), p.z)
 
     def _project(self, u: Tensor, tail: Array | None) -> _Projected:
         """All that depends on single tokens (and, through the convolution, on the few before)."""
@@ -99,15 +101,16 @@ class Mamba3(Module):
             xBC = self.conv1d(xBC) if tail is None else self.conv1d.step(xBC, tail)
         x, B, C = ops.split(xBC, self.sizes[1:4])
         B, C = (v.reshape(batch, T, self.rank, self.groups, self.d_state) for v in (B, C))
-        dt = ops.softplus(dd_dt + self.dt_bias)
+        dt, A = named("dt", ops.softplus(dd_dt + self.dt_bias)), named("A", _decay_rate(dd_A))
+        trap = named("trap", ops.sigmoid(trap))
         z, x = (v.reshape(batch, T, H, P) for v in (z, x))
-        return _Projected(z, x, self.B_norm(B), self.C_norm(C), dt, dt * _decay_rate(dd_A), ops.sigmoid(trap), angle)
+        return _Projected(z, x, self.B_norm(B), self.C_norm(C), dt, dt * A, trap, angle)
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate, sum over ranks, project. y: ``[B,T,R,H,P]``, z: ``[B,T,H,P]``. Returns ``[B,T,D]``."""
-        gated = silu_gate(y, _by_rank(z, self.mimo_z))
+        gated = named("gated", silu_gate(y, _by_rank(z, self.mimo_z)))  # [B,T,R,H,P]
         if self.mimo_o is not None:
-            gated = (gated * ops.swapaxes(self.mimo_o, 0, 1)).sum(axis=2)
+            gated = named("summed", (gated * ops.swapaxes(self.mimo_o, 0, 1)).sum(axis=2))  # [B,T,H,P]
         return self.out_proj(gated.reshape(*z.shape[:2], self.heads * self.head_dim))
 
     def new_cache(self, batch: int) -> Mamba3Cache:

@@ -12,6 +12,7 @@ from oxidizr_ref.autograd import Tensor
 from oxidizr_ref.backend import Array, compute_dtype, xp_of
 from oxidizr_ref.fused.causal_conv import causal_conv
 from oxidizr_ref.nn import Module, Parameter, uniform
+from oxidizr_ref.watch import named
 
 #: Range of the first time steps, which are log-uniform in it, and a floor (Gu & Dao 2023, section 3.6 and their code).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -33,7 +34,7 @@ class CausalConv(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: ``[B,T,C]``. Returns ``[B,T,C]``."""
-        return causal_conv(x, self.weight, self.bias)
+        return named("output", causal_conv(x, self.weight, self.bias))
 
     def new_tail(self, batch: int) -> Array:
         """The inputs before the first token, K-1 of them: zeros ``[B,K-1,C]``."""
