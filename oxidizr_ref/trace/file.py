@@ -33,9 +33,9 @@ from oxidizr_ref.trace.names import layer_of, meaning, parse
 TRACE_VERSION = "1"
 #: Elements of a piece: 2 MiB in float32.
 PIECE = 1 << 19
-#: Other dtypes that other programs write.
-_ALSO = {"I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U16": np.dtype(np.uint16)}
-_ALSO |= {"U64": np.dtype(np.uint64), "BOOL": np.dtype(np.bool_)}
+#: What files of other programs may hold besides.
+_ALSO = {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U16": np.uint16, "BOOL": np.bool_}
+_READABLE: dict[str, np.dtype[Any]] = {**DTYPES, **{name: np.dtype(kind) for name, kind in _ALSO.items()}}
 
 HostArray = np.ndarray[Any, Any]
 
@@ -316,7 +316,7 @@ class Trace:
         dtype = {**DTYPES, **_ALSO}.get(entry["dtype"])
         if dtype is None:
             raise TraceError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not understood")
-        return np.ndarray(entry["shape"], dtype, self._memory, self._payload + entry["data_offsets"][0])
+        return np.ndarray(tuple(entry["shape"]), np.dtype(dtype), self._memory, self._payload + entry["data_offsets"][0])
 
     def indices(self, name: str) -> HostArray | None:
         """Where in the whole the numbers of a sampled name stand, ascending; None where all are there."""
