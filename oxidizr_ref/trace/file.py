@@ -313,10 +313,10 @@ class Trace:
         Raises TraceError for a dtype that is not understood.
         """
         entry = self._entries[name]
-        dtype = {**DTYPES, **_ALSO}.get(entry["dtype"])
+        dtype = _READABLE.get(entry["dtype"])
         if dtype is None:
             raise TraceError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not understood")
-        return np.ndarray(tuple(entry["shape"]), np.dtype(dtype), self._memory, self._payload + entry["data_offsets"][0])
+        return np.ndarray(tuple(entry["shape"]), dtype, self._memory, self._payload + entry["data_offsets"][0])
 
     def indices(self, name: str) -> HostArray | None:
         """Where in the whole the numbers of a sampled name stand, ascending; None where all are there."""

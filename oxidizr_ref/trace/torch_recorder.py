@@ -6,7 +6,7 @@ Nothing here imports PyTorch; what it is handed behaves as tensors, modules and 
         recorder.watch(model)                       # the result of every module, as MODULE.output
         recorder.inputs(tokens, targets)
         recorder.parameters(model.named_parameters())
-        loss = …                                    # inside, where you like: recorder.note("layers.0.self_attn.scores", scores)
+        loss = …                                    # inside it: recorder.note("layers.0.self_attn.scores", scores)
         loss.backward()
         recorder.gradients(model.named_parameters())
         norm = clip_grad_norm_(model.parameters(), 1.0)
@@ -60,7 +60,7 @@ class TorchRecorder:
     # --- values and their gradients -----------------------------------------------------------------------------------
 
     def watch(self, model: Any) -> None:
-        """From now on record the result of every module of ``model`` as ``MODULE.output`` (of several, ``MODULE.output.0``, …)."""
+        """From now on record the result of every module as ``MODULE.output``; of several results, ``MODULE.output.0``, …."""
         for name, module in model.named_modules():
             if name:
                 self._hooks.append(module.register_forward_hook(self._after(f"{name}.output")))
