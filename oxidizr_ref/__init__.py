@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oxidizr_ref.version import __version__
 
 if TYPE_CHECKING:
-    from oxidizr_ref import checkpoint
+    from oxidizr_ref import checkpoint, trace
     from oxidizr_ref.autograd import Tensor, no_grad
     from oxidizr_ref.config import load_config
     from oxidizr_ref.fused.register import reference
@@ -29,6 +29,7 @@ __all__ = [
     "load_config",
     "no_grad",
     "reference",
+    "trace",
 ]
 
 _HOME = {
@@ -45,6 +46,6 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"oxidizr_ref.{_HOME[name]}"), name)
-    if name == "checkpoint":
-        return importlib.import_module("oxidizr_ref.checkpoint")
+    if name in ("checkpoint", "trace"):
+        return importlib.import_module(f"oxidizr_ref.{name}")
     raise AttributeError(f"module 'oxidizr_ref' has no attribute {name!r}")

@@ -86,8 +86,8 @@ def _why_no_gpu() -> str | None:
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:
     """``x`` as a NumPy array (a copy when it lives on a device)."""
-    if isinstance(x, np.ndarray):
-        return x
+    if isinstance(x, np.ndarray | np.generic):
+        return np.asarray(x)
     host: np.ndarray[Any, Any] = x.get()
     return host
 

@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 from oxidizr_ref.cli.diff import diff
 from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.selftest import selftest
+from oxidizr_ref.cli.trace import trace
 from oxidizr_ref.cli.train import train
 from oxidizr_ref.cli.verify import verify
 from oxidizr_ref.cli.words import printable
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(diff)
 app.command()(selftest)
+app.add_typer(trace, name="trace")
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,6 +71,8 @@ def _run(arguments: list[str]) -> int:
 def _explain(error: BaseException) -> int:
     """Print what is wrong, in a line (a config may have several), and return the exit code."""
     if isinstance(error, TyperException):  # unknown commands and options, values of the wrong type
+        if not error.format_message():  # of a group of commands without one: its help was printed
+            return error.exit_code
         return _fail(f"{error.format_message().rstrip('.')}; see oxidizr-ref --help", error.exit_code)
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         return _fail("interrupted; checkpoints written before are whole", 130)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.config_yaml import read_text, read_yaml
 from oxidizr_ref.errors import TraceError
@@ -61,7 +62,7 @@ class Mapped:
         for step in self.steps:
             try:
                 array = _apply(step, array, self.values)
-            except (ValueError, IndexError, KeyError, TypeError) as error:
+            except (ValueError, IndexError, TypeError, ArithmeticError) as error:
                 raise TraceError(f"{self.name} {list(array.shape)}: the map's {step} does not fit it ({error})") from error
         return array
 
@@ -98,7 +99,10 @@ def load_map(path: str | Path, model: ModelConfig | None = None) -> NameMap:
         if str(path) not in shipped:
             raise TraceError(f"{path}: no such map; shipped are {', '.join(shipped)}")
         file = shipped[str(path)]
-    data = read_yaml(read_text(file), str(file)).data
+    document = read_yaml(read_text(file), str(file))
+    for location, problem in document.problems:
+        raise TraceError(f"{document.place(location)}: {location[-1]}: {problem}")
+    data = document.data
     if not isinstance(data, dict) or not isinstance(data.get("names"), list):
         raise TraceError(f"{file}: a map of names has a list `names` of rules with `ours` and `theirs`")
     rules = [_rule(item, f"{file}: rule {number}") for number, item in enumerate(data["names"], 1)]
@@ -108,9 +112,13 @@ def load_map(path: str | Path, model: ModelConfig | None = None) -> NameMap:
 def _rule(item: Any, where: str) -> Rule:
     if not isinstance(item, dict) or not {"ours", "theirs"} <= item.keys() <= {"ours", "theirs", "do"}:
         raise TraceError(f"{where}: expected `ours` and `theirs`, and perhaps `do`, found {item}")
+    if not isinstance(item.get("do", []), list):
+        raise TraceError(f"{where} ({item['ours']}): `do` is a list of steps, found {item['do']}")
     pattern = re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>[0-9]+)", re.escape(str(item["ours"])))
+    if "{" in pattern or "}" in pattern:
+        raise TraceError(f"{where} ({item['ours']}): a number is one small letter in braces, such as {{i}}")
     try:
-        ours, steps = re.compile(pattern), tuple(str(step) for step in item.get("do") or ())
+        ours, steps = re.compile(pattern), tuple(str(step) for step in item.get("do", []))
         str(item["theirs"]).format(**dict.fromkeys(ours.groupindex, 0))
         for step in steps:
             _parsed(step)
@@ -132,8 +140,9 @@ def sizes_of(m: ModelConfig) -> dict[str, int]:
 def _parsed(step: str) -> ast.expr:
     """``[…]``, ``reshape(…)`` or ``permute(…)``, taken apart. Raises SyntaxError or ValueError for anything else."""
     tree = ast.parse(f"x{step}" if step.startswith("[") else step, mode="eval").body
+    is_index = isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name) and step.startswith("[")
     is_call = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in ("reshape", "permute")
-    if not (isinstance(tree, ast.Subscript) or is_call):
+    if not (is_index or (is_call and not getattr(tree, "keywords", None))):
         raise ValueError(f"{step} is neither an index [...] nor reshape(...) nor permute(...)")
     return tree
 
@@ -158,9 +167,11 @@ def _index(node: ast.expr, values: Mapping[str, int]) -> Any:
 
 
 def _number(node: ast.expr, values: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+    if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.Name):
+        if node.id not in values:
+            raise ValueError(f"{node.id} is neither a number of the rule nor a size of the model")
         return values[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_number(node.operand, values)

@@ -60,7 +60,11 @@ class TorchRecorder:
     # --- values and their gradients -----------------------------------------------------------------------------------
 
     def watch(self, model: Any) -> None:
-        """From now on record the result of every module as ``MODULE.output``; of several results, ``MODULE.output.0``, …."""
+        """From now on record the result of every module as ``MODULE.output``; of several results, ``MODULE.output.0``, ….
+
+        Of a module called again in the same micro-batch (an activation that experts share, a layer that gradient
+        checkpointing computes again) the first call counts.
+        """
         for name, module in model.named_modules():
             if name:
                 self._hooks.append(module.register_forward_hook(self._after(f"{name}.output")))
@@ -69,8 +73,9 @@ class TorchRecorder:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             several = output if isinstance(output, tuple | list) else [output]
             for i, value in enumerate(several):
-                if hasattr(value, "detach"):
-                    self.note(name if len(several) == 1 else f"{name}.{i}", value)
+                full = name if len(several) == 1 else f"{name}.{i}"
+                if hasattr(value, "detach") and self._full(self._rename(full)) not in self._writer:
+                    self.note(full, value)
 
         return hook
 
@@ -152,10 +157,13 @@ class TorchRecorder:
 
 
 def as_numpy(tensor: Any) -> np.ndarray[Any, Any]:
-    """A tensor of PyTorch as a NumPy array; dtypes that NumPy does not have as float32, which holds them exactly."""
+    """A tensor of PyTorch as a NumPy array; dtypes that NumPy does not have as float32, which holds them exactly.
+
+    Complex numbers come out as a last axis of real and imaginary part: a trace holds real ones only.
+    """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
     known = tensor if str(tensor.dtype) not in ("torch.bfloat16", "torch.float16") else tensor.float()
     array: np.ndarray[Any, Any] = known.numpy()
-    return array
+    return np.stack((array.real, array.imag), axis=-1) if array.dtype.kind == "c" else array
