@@ -161,9 +161,9 @@ class LanguageModel(Module):
         count = float(tokens.size if token_count is None else token_count)
         routings = [] if routings is None else routings
         loss = linear_cross_entropy(self.hidden(tokens, routings), self._output_weight(), targets, count)
-        named("cross_entropy", loss)
+        loss = named("cross_entropy", loss)
         if load_balance_alpha == 0.0 or not routings:
-            return loss
+            return named("loss", loss)
         balance = routings[0].balance
         for routing in routings[1:]:
             balance = balance + routing.balance

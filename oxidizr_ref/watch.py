@@ -41,8 +41,9 @@ class Watcher:
         """What it computed."""
         return y
 
-    def named(self, name: str, x: Any, part: Part | None, also: tuple[str, ...]) -> None:
-        """A value has a name: a `Tensor`, or an array of integers. See `named`."""
+    def named(self, name: str, x: Any, part: Part | None, also: tuple[str, ...]) -> Any:  # noqa: ARG002
+        """A value has a name: a `Tensor`, or an array of integers. Returns what to go on with. See `named`."""
+        return x
 
     def gradient(self, node: Any, dy: Array) -> Array:  # noqa: ARG002
         """The whole gradient of an op's result, before it goes on to the op's operands."""
@@ -69,9 +70,7 @@ def named(name: str, x: T, part: Part | None = None, also: tuple[str, ...] = ())
     """Tell whoever watches that ``x`` (a tensor, or an array of integers) is what is called ``name`` in this module.
 
     part: ``x`` is one of several that together carry the name. also: names in this module that ``x`` depends on by another
-    way than the tape, such as the integers it was looked up by. Returns ``x``.
+    way than the tape, such as the integers it was looked up by. Returns ``x``, or what the watcher puts in its place.
     """
     watcher = _watcher.get()
-    if watcher is not None:
-        watcher.named(name, x, part, also)
-    return x
+    return x if watcher is None else watcher.named(name, x, part, also)

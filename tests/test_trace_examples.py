@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -76,13 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(folder: Path, name: str, *command: str | Path | None) -> Path:
-    """The program ``name`` in the folder, which the compiler is called for once."""
-    program = folder / name
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            done = subprocess.run([*map(str, command), "-o", program], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+    """The program ``name`` in the folder, for which the compiler is called unless another worker has done that."""
+    program, own = folder / name, folder / f"{name}.{os.getpid()}"
+    if not program.exists():
+        done = subprocess.run([*map(str, command), "-o", own], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        own.replace(program)
     return program
 
 
@@ -158,9 +156,8 @@ def change(path: Path, name: str, index: int, number: float) -> None:
     """Put another number into a tensor of a file."""
     header, payload = parts_of(path.read_bytes())
     entry, changed = json.loads(header)[name], bytearray(payload)
-    begin, end = entry["data_offsets"]
-    np.frombuffer(changed, {"F64": "<f8", "F32": "<f4"}[entry["dtype"]])  # the payload is of one width
-    np.frombuffer(memoryview(changed)[begin:end], {"F64": "<f8", "F32": "<f4"}[entry["dtype"]])[index] = number
+    tensor = memoryview(changed)[slice(*entry["data_offsets"])]
+    np.frombuffer(tensor, {"F64": "<f8", "F32": "<f4"}[entry["dtype"]])[index] = number
     path.write_bytes(whole(header, bytes(changed)))
 
 
@@ -419,9 +416,7 @@ NOT_TRACES = {
 TRACES = {
     "nothing but a header": whole("{}"),
     "one tensor": whole("{" + X + "}", bytes(8)),
-    "spaces": whole(
-        ' {"x":1}'.replace(' {"x":1}', "{ \n" + X.replace(":", " :\t").replace(",", "\r, ") + " } \n"), bytes(8)
-    ),
+    "spaces": whole("{ \n" + X.replace(":", " :\t").replace(",", "\r, ") + " } \n", bytes(8)),
     "an unaligned payload": whole("{" + X + "}  ", bytes(8)),
     "keys in another order": whole('{"x":{"data_offsets":[0,8],"shape":[2],"dtype":"F32"}}', bytes(8)),
     "names out of order": whole("{" + X.replace("0,8", "8,16") + "," + X.replace("x", "a") + "}", bytes(16)),
@@ -439,7 +434,7 @@ def taken(program: Path, path: Path) -> bool:
     """Whether a program takes a file for a trace. If not, it says why, beginning with the name of the file."""
     done = run(program, path)
     without_norms = "RMSNorm" in done.stderr  # of which read_trace complains only when it has read the whole file
-    assert done.returncode != 2 or without_norms or done.stdout == "" and done.stderr.startswith(f"{path}: ")
+    assert done.returncode != 2 or without_norms or (done.stdout == "" and done.stderr.startswith(f"{path}: "))
     return done.returncode != 2 or without_norms
 
 
@@ -461,6 +456,12 @@ def test_the_c_reader_refuses_whatever_the_page_does_not_allow(tmp_path: Path, l
 @needs_rust
 def test_the_rust_reader_refuses_whatever_the_page_does_not_allow(tmp_path: Path, read_trace: Path) -> None:
     assert taken_of(read_trace, tmp_path / "x", {**NOT_TRACES, **TRACES}) == list(TRACES)
+
+
+def test_python_takes_what_the_page_allows(tmp_path: Path) -> None:
+    for what, raw in TRACES.items():
+        (tmp_path / "x").write_bytes(raw)
+        assert refusal(tmp_path / "x") == "", what
 
 
 def mutants(raw: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -509,13 +510,13 @@ def test_the_c_reader_touches_nothing_but_the_file_and_takes_none_that_python_do
     if not sanitizers:
         pytest.skip("this C compiler has no sanitizers that run here")
     count = 0
-    for raw in (*mutants(soil[0], 60, seed=1), *mutants(soil[1], 180, seed=2)):
+    for raw in (*mutants(soil[0], 40, seed=1), *mutants(soil[1], 120, seed=2)):
         (tmp_path / "x").write_bytes(raw)
         if taken(listing, tmp_path / "x"):
             why = refusal(tmp_path / "x")
             assert why == "" or "its records" in why, (raw, why)  # into which trace.h does not look
             count += 1
-    assert 10 < count < 120  # so that both is tried
+    assert 10 < count < 80  # so that both is tried
 
 
 @needs_rust
@@ -523,22 +524,22 @@ def test_the_rust_reader_never_panics_and_takes_no_file_that_python_does_not_tak
     tmp_path: Path, read_trace: Path, soil: list[bytes]
 ) -> None:
     count = 0
-    for raw in (*mutants(soil[0], 60, seed=1), *mutants(soil[1], 180, seed=2)):
+    for raw in (*mutants(soil[0], 40, seed=1), *mutants(soil[1], 120, seed=2)):
         (tmp_path / "x").write_bytes(raw)
         if taken(read_trace, tmp_path / "x"):
             assert refusal(tmp_path / "x") == "", raw
             count += 1
-    assert 10 < count < 120
+    assert 10 < count < 80
 
 
 @needs_c
 @needs_rust
-def test_every_cut_and_every_flip_in_the_length_is_refused(
+def test_cuts_and_flips_in_the_length_are_refused(
     tmp_path: Path, listing: Path, read_trace: Path, soil: list[bytes]
 ) -> None:
     sound = soil[1]
-    files = {f"{length} bytes": sound[:length] for length in (*range(0, len(sound), 17), len(sound) - 1)}
-    for bit in range(64):
+    files = {f"{length} bytes": sound[:length] for length in (*range(0, len(sound), 37), len(sound) - 1)}
+    for bit in range(0, 64, 3):
         flipped = bytearray(sound)
         flipped[bit // 8] ^= 1 << bit % 8
         files[f"bit {bit}"] = bytes(flipped)

@@ -92,12 +92,13 @@ static void check_attention(const char *module) {
     for (size_t row = 0; row < B * H * T; row++) { /* of [B,H,T,S] */
         size_t t = row % T, h = row / T % H, b = row / T / H, head = h / (H / K);
         double *score = our_scores + row * S, *mask = our_masked + row * S, *prob = our_probs + row * S, sum = 0;
-        double *y = our_context + ((b * T + t) * H + h) * V;
-        double top = -INFINITY;
+        size_t query = (b * T + t) * H + h; /* of [B,T,H] */
+        double *y = our_context + query * V, top = -INFINITY;
         for (size_t s = 0; s < S; s++) {
+            size_t key = (b * S + s) * K + head; /* of [B,S,K] */
             score[s] = 0;
             for (size_t i = 0; i < P; i++)
-                score[s] += trace_number(q, ((b * T + t) * H + h) * P + i) * trace_number(k, ((b * S + s) * K + head) * P + i);
+                score[s] += trace_number(q, query * P + i) * trace_number(k, key * P + i);
             score[s] /= sqrt((double)P);
             mask[s] = s <= t ? score[s] : -INFINITY;
             top = fmax(top, mask[s]);

@@ -113,7 +113,7 @@ class Llama(nn.Module):
             h = layer(h)
         logits = self.note("logits", self.lm_head(self.norm(h)))
         losses = self.note("token_losses", functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
-        return self.note("cross_entropy", losses.mean())
+        return self.note("loss", self.note("cross_entropy", losses.mean()))
 
 
 def main() -> None:

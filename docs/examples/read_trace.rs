@@ -3,8 +3,8 @@
 //!
 //!     rustc --edition 2021 -O read_trace.rs && ./read_trace reference.safetensors [EPS]      (1e-5 where it is not given)
 //!
-//! Only the standard library is used (rustc 1.77 or newer). Exit code 0: all agree; 1: some do not; 2: the file is no whole trace, or has no
-//! RMSNorm; the reason is on stderr.
+//! Only the standard library is used (rustc 1.77 or newer). Exit code 0: all agree; 1: some do not; 2: the file is no whole
+//! trace, or has no RMSNorm; the reason is on stderr.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{BufWriter, Write};
@@ -272,10 +272,16 @@ impl Trace {
             Some(records) => Json::parse(records)?.list()?.iter().map(record).collect::<Result<Vec<Record>>>()?,
             None => order.iter().map(|(name, tensor)| unrecorded(name, tensor)).collect(),
         };
+        let mut seen = HashSet::new();
         for record in &records {
             let tensor = tensors.get(&record.name).ok_or_else(|| format!("it does not hold {}", record.name))?;
-            if record.sample.is_empty() && record.shape != tensor.shape {
-                return Err(format!("header and records do not agree on the shape of {}", record.name));
+            if !seen.insert(&record.name) {
+                return Err(format!("{} is recorded twice", record.name));
+            }
+            let right =
+                if record.sample.is_empty() { record.shape == tensor.shape } else { tensors.contains_key(&record.sample) };
+            if !right {
+                return Err(format!("header and records do not agree on {}", record.name));
             }
         }
         Ok(Trace { tensors, records, file })

@@ -82,7 +82,8 @@ static void add(writer *w, const char *name, const float *numbers, int rank, con
 }
 
 static void finish(writer *w, const char *path) {
-    static const char start[] = "{\"__metadata__\":{\"trace_version\":\"1\",\"precision\":\"f32\",\"made_by\":\"write_trace.c\"}";
+    static const char start[] = "{\"__metadata__\":{"
+                                "\"trace_version\":\"1\",\"precision\":\"f32\",\"made_by\":\"write_trace.c\"}";
     static const char spaces[] = "                                                               "; /* 63 */
     size_t length = strlen(start) + w->header_size + 1, padding = (64 - (8 + length) % 64) % 64; /* so numbers are aligned */
     unsigned char prefix[8];
@@ -159,8 +160,8 @@ static void write_attention(writer *w, long layer) {
             for (size_t t = 0; t < T; t++) {
                 size_t row = ((b * H + h) * T + t) * T, query = (b * T + t) * H + h;
                 size_t key = b * T * K + h / (H / K); /* each head of k and v serves H / K of q, in a row */
-                attend(masked + row, probs + row, context + query * V, qs + query * P, ks + key * P, vs + key * V, t, T, P, V,
-                       K * P, K * V);
+                attend(masked + row, probs + row, context + query * V, qs + query * P, ks + key * P, vs + key * V, t, T, P,
+                       V, K * P, K * V);
             }
     add(w, name_of(layer, "self_attn.masked_scores"), masked, 4, scores_shape);
     add(w, name_of(layer, "self_attn.probs"), probs, 4, scores_shape);

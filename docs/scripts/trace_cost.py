@@ -71,11 +71,9 @@ def main(rounds: int) -> None:
         ratios = sorted(b["seconds"] / a["seconds"] for a, b in found)
         plain, recorded = (statistics.median(pair[i]["seconds"] for pair in found) for i in (0, 1))
         peaks = [max(pair[i]["peak"] for pair in found) for i in (0, 1)]
-        print(
-            f"| {name} | {plain:.2f} s | {recorded:.2f} s | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}) | {peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] - peaks[0]:+.0f} | {found[0][1]['size']:.0f} |",
-            flush=True,
-        )
+        times = f"{plain:.2f} s | {recorded:.2f} s | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        memory = f"{peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] - peaks[0]:+.0f} | {found[0][1]['size']:.0f}"
+        print(f"| {name} | {times} | {memory} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def records_of(model: str, changes: Sequence[str] = ()) -> list[Record]:
     batch = Trainer(config, LanguageModel(config.model)).windows.batch(0, 1)
     sink = _Names()
     weights = LanguageModel(config.model, seed=0).state_dict()
-    repeat(Recorded(config, [batch], weights, 1, 1), sink, Probe("f32"))
+    repeat(Recorded(config, [batch], weights, 1, 1, {}), sink, Probe("f32"))
     return sink.records
 
 

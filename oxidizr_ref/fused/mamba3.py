@@ -129,7 +129,8 @@ def mamba3_scan_ref(
     B, C = (ops.broadcast_to(v.reshape(batch, T, R, G, 1, N), shape=across).reshape(batch, T, R, H, N) for v in (B, C))
     B, C = (_turn_ref(v + ops.swapaxes(bias, 0, 1), phi) for v, bias in ((B, B_bias), (C, C_bias)))
     B, C, decay = named("B_turned", B), named("C_turned", C), named("decay", ops.exp(a))
-    decay, inflow, diagonal = (v.reshape(batch, T, H, 1, 1) for v in (decay, inflow, diagonal))
+    # What enters a step late, so that the state of a token is read by its output and by the next state, as in the paper.
+    decay, diagonal, late = (v.reshape(batch, T, H, 1, 1) for v in (decay, diagonal, inflow - diagonal))
     # What the ranks of a token bring together: Σ_r x^r B̄^rᵀ, [batch,T,H,P,N]
     outer = ops.matmul(ops.transpose(x, order=(0, 1, 3, 4, 2)), ops.transpose(B, order=(0, 1, 3, 2, 4)))
     C = ops.transpose(C, order=(0, 1, 3, 4, 2))  # [batch,T,H,N,R]
@@ -139,7 +140,7 @@ def mamba3_scan_ref(
         state = named("state", h + outer[:, t] * diagonal[:, t], Part(t, T))
         out = ops.matmul(state, C[:, t])  # [batch,H,P,R]
         y.append(ops.transpose(out, order=(0, 3, 1, 2)).reshape(batch, 1, R, H, P))
-        h = h + outer[:, t] * inflow[:, t]
+        h = state + outer[:, t] * late[:, t]
     return ops.concatenate(*y, axis=1) + x * D.reshape(H, 1)
 
 

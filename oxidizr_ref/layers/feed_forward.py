@@ -80,7 +80,7 @@ class Router(Module):
         order = xp_of(logits.data).argsort(-logits.data, axis=-1, kind="stable")
         ids = named("ids", order[:, : self.k], also=("gate.output",))
         weights = ops.softmax(ops.take_along(logits, ids=ids)) if self.k > 1 else ops.take_along(probabilities, ids=ids)
-        named("weights", weights, also=("ids",))
+        weights = named("weights", weights, also=("ids",))
         assigned = np.bincount(to_host(ids).reshape(-1), minlength=self.num_experts)
         share = to_device(assigned / max(1, ids.size), logits.data)
         balance = (probabilities.mean(axis=0) * ops.as_tensor(share, like=logits)).sum() * float(self.num_experts)

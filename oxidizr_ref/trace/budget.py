@@ -18,6 +18,7 @@ import numpy as np
 from oxidizr_ref.backend import Array, to_host
 from oxidizr_ref.trace.file import PIECE, Record, Trace, TraceWriter
 from oxidizr_ref.trace.measure import Distance, Measuring, paired
+from oxidizr_ref.trace.names import TOP_K
 from oxidizr_ref.trace.precision import EPS, Probe, probes
 from oxidizr_ref.trace.record import recorded, repeat
 
@@ -57,8 +58,8 @@ class _Distances:
         if record.name not in self.truth.records:
             return
         expected, where = self.truth.array(record.name), self.truth.indices(record.name)
-        if record.op == "top k" or array.size != self.truth.records[record.name].size:
-            return  # experts were chosen otherwise: which numbers belong together is not known
+        if record.op == TOP_K:
+            return  # what this run would have chosen: it went on with the truth's
         host = to_host(array)
         if where is not None:
             host = np.asarray(host.reshape(-1)[where])

@@ -20,7 +20,7 @@ from oxidizr_ref.trace.budget import Budget, budgets, is_angle
 from oxidizr_ref.trace.file import HostArray, Record, Trace, role_of
 from oxidizr_ref.trace.mapping import NameMap, load_map
 from oxidizr_ref.trace.measure import Distance, distance
-from oxidizr_ref.trace.names import layer_of, meaning, parse
+from oxidizr_ref.trace.names import TOP_K, layer_of, meaning, parse
 from oxidizr_ref.trace.precision import PRECISIONS
 
 #: Verdicts on one tensor: within its budget; outside; not comparable (another shape counts as outside); a tie of a router
@@ -263,7 +263,7 @@ class _Comparing:
         verdicts = {self.found[name].verdict for name in inputs}
         if verdicts & {TIE, BEHIND_TIE}:
             verdict = BEHIND_TIE
-        elif verdict == DIFFERS and record.op == "top k" and not problem and self._is_tie(record, a, b):
+        elif verdict == DIFFERS and record.op == TOP_K and not problem and self._is_tie(record, a, b):
             verdict = TIE
         return Compared(record, found, budget, used, verdict, inputs, problem)
 

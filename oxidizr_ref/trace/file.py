@@ -2,7 +2,7 @@
 docs/trace_format.md.
 
 Writing streams: every array goes to disk as it comes, a piece at a time, and nothing is kept. The header, which stands
-first, is known last; so the payload is spooled to a file without a name and then copied behind it. Reading maps the file.
+first, is known last; so room is left for it, and if that was too little the payload moves. Reading maps the file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from oxidizr_ref.trace.names import layer_of, meaning, parse
 TRACE_VERSION = "1"
 #: Elements of a piece: 2 MiB in float32.
 PIECE = 1 << 19
+_ALIGNMENT = 64
 #: What files of other programs may hold besides.
 _ALSO = {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U16": np.uint16, "BOOL": np.bool_}
 _READABLE: dict[str, np.dtype[Any]] = {**DTYPES, **{name: np.dtype(kind) for name, kind in _ALSO.items()}}
@@ -108,11 +108,13 @@ class TraceWriter:
     """Writes a trace, array by array. Use it in a ``with`` statement: the file appears when that ends well, or never.
 
     precision: what the numbers were computed in (``f64``, ``f32``, ``tf32``, ``bf16``, ``f16``). sample: of arrays with
-    more elements only so many are kept; 0: all. metadata: more strings for the header.
+    more elements only so many are kept; 0: all. metadata: more strings for the header, for which ``room`` bytes are left.
     """
 
-    def __init__(self, path: str | Path, precision: str, metadata: Mapping[str, str] | None = None, sample: int = 0) -> None:
-        self.path, self.sample = Path(path), sample
+    def __init__(
+        self, path: str | Path, precision: str, metadata: Mapping[str, str] | None = None, sample: int = 0, room: int = 0
+    ) -> None:
+        self.path, self.sample, self._start = Path(path), sample, 8 + room + -(8 + room) % _ALIGNMENT
         self.metadata = {"trace_version": TRACE_VERSION, "precision": precision, **(metadata or {})}
         # Bytes of every number, integers too: so that all of them are aligned, whatever comes before them.
         self._integers, self._floats = (
@@ -125,15 +127,20 @@ class TraceWriter:
 
     def __enter__(self) -> Self:
         try:
-            self._spool = tempfile.TemporaryFile(dir=self.path.parent)
+            self._file = disk.new_file(self.path, disk.temporary_of(self.path))
+            self._descriptor = self._file.__enter__()
         except OSError as error:
-            raise TraceError(f"{self.path}: cannot be written ({error.strerror}); choose another -o") from error
+            raise TraceError(f"{self.path}: cannot be written ({error.strerror}); choose another place") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._spool:
-            if kind is None:
+        if kind is None:
+            try:
                 self._finish()
+            except BaseException as failure:
+                self._file.__exit__(type(failure), failure, None)
+                raise
+        self._file.__exit__(kind, error, trace)
 
     def __contains__(self, name: str) -> bool:
         return name in self._records
@@ -212,7 +219,7 @@ class TraceWriter:
         opened.values[first:last] = flat[where[first:last] - start]
 
     def _write(self, array: HostArray, offset: int) -> None:
-        disk.write_at(self._spool.fileno(), array.reshape(-1).view(np.uint8).data, offset)
+        disk.write_at(self._descriptor, array.reshape(-1).view(np.uint8).data, self._start + offset)
 
     def _finish(self) -> None:
         for name, opened in self._open.items():
@@ -222,7 +229,6 @@ class TraceWriter:
                 digests = [opened.shas.get(at, zeros) for at in range(opened.record.shape[0])]
                 sha = hashlib.sha256(b"".join(digests)).hexdigest()
                 self._records[name] = replace(self._records[name], digest=sha, parts=len(digests))
-        os.truncate(self._spool.fileno(), self._end)  # the last part of all may never have come
         header: dict[str, Any] = {
             name: {
                 "dtype": DTYPE_NAMES[dtype],
@@ -239,14 +245,21 @@ class TraceWriter:
         ]
         header["__metadata__"] = {**self.metadata, "records": canonical_json(records)}
         text = canonical_json(header).encode("ascii")
-        text += b" " * (-(8 + len(text)) % 64)
-        with disk.new_file(self.path, disk.temporary_of(self.path)) as descriptor:
-            start = struct.pack("<Q", len(text)) + text
-            disk.write_at(descriptor, start, 0)
-            buffer = memoryview(bytearray(4 << 20))
-            for at in range(0, self._end, len(buffer)):
-                count = disk.read_at(self._spool.fileno(), buffer[: self._end - at], at)
-                disk.write_at(descriptor, buffer[:count], len(start) + at)
+        missing = 8 + len(text) - self._start
+        if missing > 0:
+            self._move(missing + -missing % _ALIGNMENT)
+        disk.write_at(self._descriptor, struct.pack("<Q", self._start - 8) + text.ljust(self._start - 8), 0)
+        os.ftruncate(self._descriptor, self._start + self._end)  # the last part of all may never have come
+
+    def _move(self, by: int) -> None:
+        """The whole payload, its end first."""
+        buffer, end = memoryview(bytearray(4 << 20)), self._end
+        while end > 0:
+            begin = max(0, end - len(buffer))
+            part = buffer[: disk.read_at(self._descriptor, buffer[: end - begin], self._start + begin)]
+            disk.write_at(self._descriptor, part, self._start + by + begin)
+            end = begin
+        self._start += by
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Meaning(NamedTuple):
 
 
 _LINEAR = "x Wᵀ"
+#: The op of a router that chooses experts: its result is integers, which rounding can change altogether.
+TOP_K = "top k"
 
 #: Ends of paths, the longest that fits wins. Keys are in the order of a model, so that tables made of them read that way.
 MEANINGS: dict[str, Meaning] = {
@@ -102,7 +104,7 @@ MEANINGS: dict[str, Meaning] = {
     "down_proj.output": Meaning("linear", _LINEAR, "[…,D]"),
     "router.gate.output": Meaning("router", "the router's logits, x Wᵀ", "[n,E]"),
     "router.probs": Meaning("softmax", "softmax of router.gate.output over all experts", "[n,E]"),
-    "router.ids": Meaning("top k", "the k largest logits, the largest first; ties to the lower index", "[n,k]"),
+    "router.ids": Meaning(TOP_K, "the k largest logits, the largest first; ties to the lower index", "[n,k]"),
     "router.weights": Meaning("router weights", "softmax over the k logits; with k = 1 router.probs there", "[n,k]"),
     "router.balance": Meaning("balance loss", "E Σ_e f_e P_e", "[]"),
     "input": Meaning("dispatch", "the tokens given to this expert, in order", "[n_e,D]"),

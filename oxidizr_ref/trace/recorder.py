@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -40,7 +41,8 @@ class Recorder(Watcher, Witness):
     """Passes on what ``model`` computes while it is watched and its trainer has this as its witness.
 
     what: some of `WHAT`. layers: only of these, and what belongs to none; None: of all. arithmetic: another precision to
-    imitate. The tokens and the parameters of the first step always come, so that anybody can do the step again.
+    imitate. given: integers to go on with in place of those computed, by name: the experts another run chose. The tokens
+    and the parameters of the first step always come, so that anybody can do the step again.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Recorder(Watcher, Witness):
         what: Collection[str] = WHAT,
         layers: Collection[int] | None = None,
         arithmetic: Arithmetic | None = None,
+        given: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        self.sink, self.what, self.layers, self.arithmetic = sink, what, layers, arithmetic or Arithmetic()
+        self.sink, self.what, self.layers, self.given = sink, what, layers, given
+        self.arithmetic = arithmetic or Arithmetic()
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self._scopes = [""]
@@ -77,7 +81,7 @@ class Recorder(Watcher, Witness):
     def result(self, node: Any, y: Array) -> Array:
         return self.arithmetic.result(node, y)
 
-    def named(self, name: str, x: Any, part: Part | None, also: tuple[str, ...]) -> None:
+    def named(self, name: str, x: Any, part: Part | None, also: tuple[str, ...]) -> Any:
         scope = self._scopes[-1]
         full = self._full(f"{scope}.{name}" if scope else name)
         node = x.node if isinstance(x, Tensor) else None
@@ -93,6 +97,7 @@ class Recorder(Watcher, Witness):
             self._names.setdefault(node, []).append((full, part))
         if "forward" in self.what:
             self._pass(self._record(full), x.data if isinstance(x, Tensor) else x, part)
+        return self.given.get(full, x)
 
     def _full(self, name: str) -> str:
         step = f"step.{self._step}." if self._step > 1 else ""

@@ -123,10 +123,12 @@ class TorchRecorder:
             gradient = parameter.grad if parameter.grad is not None else np.zeros(tuple(parameter.shape))
             self._write(self._full(f"{self._rename(name)}.grad"), gradient)
 
-    def clipped(self, named: Named, norm: Any = None) -> None:
-        """The gradients as the optimizer is to see them, and their norm before clipping."""
-        if norm is not None:
-            self._write(self._full("grad_norm"), norm)
+    def clipped(self, named: Named, norm: Any = None, factor: Any = None, learning_rate: Any = None) -> None:
+        """The gradients as the optimizer is to see them; their norm before clipping, their factor, the optimizer's rate."""
+        numbers = {"grad_norm": norm, "clip_factor": factor, "learning_rate": learning_rate}
+        for name, number in numbers.items():
+            if number is not None:
+                self._write(self._full(name), number)
         for name, parameter in named:
             if parameter.grad is not None:
                 self._write(self._full(f"{self._rename(name)}.grad.clipped"), parameter.grad)

@@ -478,14 +478,11 @@ class LateWeightOfTheTokenItself(InLayer):
 class LateTermWithoutDecay(InLayer):
     """``h_t = α_t h_{t-1} + (1-λ_t) dt_t x_{t-1} B̄_{t-1}ᵀ + γ_t x_t B̄_tᵀ``."""
 
-    def mamba3_state(
-        self, t: int, h: Tensor, entering: Tensor, decay: Tensor, inflow: Tensor, diagonal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        state, following = super().mamba3_state(t, h, entering, decay, inflow, diagonal)
+    def mamba3_state(self, t: int, h: Tensor, entering: Tensor, decay: Tensor, inflow: Tensor, diagonal: Tensor) -> Tensor:
+        state = super().mamba3_state(t, h, entering, decay, inflow, diagonal)
         if self.here and t:
-            undecayed = (1 - decay[:, t]) * (inflow - diagonal)[:, t - 1] * entering[:, t - 1]
-            return state + undecayed, following + undecayed
-        return state, following
+            state = state + (1 - decay[:, t]) * (inflow - diagonal)[:, t - 1] * entering[:, t - 1]
+        return state
 
 
 @planted("β pairs B with the x before (oxidizr's)", "hybrid_mamba3", "layers.2.mamba3.mixer.state")

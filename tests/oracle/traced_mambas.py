@@ -242,18 +242,12 @@ class Mambas(Parts):
         weights = [v[:, :, :, None, None] for v in (decay, inflow, diagonal)]
         h = torch.zeros_like(entering[:, 0])
         for t in range(T):
-            state, h = self.mamba3_state(t, h, entering, *weights)
-            state = self.note(f"{at}.state", state, (t, T))
-            y.append(torch.einsum("bhpn,brhn->brhp", state, C[:, t]))
+            h = self.note(f"{at}.state", self.mamba3_state(t, h, entering, *weights), (t, T))
+            y.append(torch.einsum("bhpn,brhn->brhp", h, C[:, t]))
         return torch.stack(y, dim=1)
 
-    def mamba3_state(
-        self, t: int, h: Tensor, entering: Tensor, decay: Tensor, inflow: Tensor, diagonal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The state of token t, and what the next one finds.
-
-        ``h_t = α_t h_{t-1} + β_t x_{t-1} B̄_{t-1}ᵀ + γ_t x_t B̄_tᵀ`` with ``β_t = (1-λ_t) dt_t α_t``. β's factor α_t is that
-        of the step from t-1 to t: so a token may enter with γ + (1-λ) dt of the next at once, and decay with the rest.
-        """
-        h = decay[:, t] * h
-        return h + diagonal[:, t] * entering[:, t], h + inflow[:, t] * entering[:, t]
+    def mamba3_state(self, t: int, h: Tensor, entering: Tensor, decay: Tensor, inflow: Tensor, diagonal: Tensor) -> Tensor:
+        """``h_t = α_t h_{t-1} + β_t x_{t-1} B̄_{t-1}ᵀ + γ_t x_t B̄_tᵀ`` with ``β_t = (1-λ_t) dt_t α_t``; inflow_{t-1} holds
+        γ_{t-1} + (1-λ_t) dt_t."""
+        h = decay[:, t] * h + diagonal[:, t] * entering[:, t]
+        return h + decay[:, t] * (inflow - diagonal)[:, t - 1] * entering[:, t - 1] if t else h
