@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -257,6 +258,7 @@ def test_what_a_kernel_in_c_hands_in_is_read_and_agrees(
         mine = tmp_path / "mine"
         assert run(write_trace, reference, mine, layer).returncode == 0
         trace = Trace(mine)
+        assert (8 + len(parts_of(mine.read_bytes())[0])) % 64 == 0
         assert (trace.precision, trace.metadata["made_by"]) == ("f32", "write_trace.c")
         found = compare(reference, mine)
         names = [f"layers.{layer}.{name}" for name in CHECKED if not name.endswith(".scores")]
@@ -375,6 +377,8 @@ NOT_TRACES = {
     "one key twice": whole("{" + X.replace("{", '{"dtype":"F32",') + "}", bytes(8)),
     "a key more": whole("{" + X.replace("{", '{"order":"C",') + "}", bytes(8)),
     "a key less": whole('{"x":{"dtype":"F32","shape":[2]}}', bytes(8)),
+    "no offsets of nothing": whole('{"x":{"dtype":"F32","shape":[0]}}'),
+    "no dtype of nothing": whole('{"x":{"data_offsets":[0,0],"shape":[0]}}'),
     "nothing said of a tensor": whole('{"x":{}}'),
     "a tensor that is a number": whole('{"x":1}'),
     "another dtype": whole("{" + X.replace("F32", "F33") + "}", bytes(8)),
@@ -382,9 +386,10 @@ NOT_TRACES = {
     "one offset": whole("{" + X.replace("0,8", "8") + "}", bytes(8)),
     "one offset of nothing": whole('{"x":{"dtype":"F32","shape":[0],"data_offsets":[0]}}'),
     "three offsets": whole("{" + X.replace("0,8", "0,8,8") + "}", bytes(8)),
+    "offsets beyond any file": whole("{" + X.replace("0,8", f"{2**64 - 9},{2**64 - 1}") + "}", bytes(8)),
     "offsets exchanged": whole("{" + X.replace("0,8", "8,0") + "}", bytes(8)),
     "a shape too large": whole("{" + X.replace("[2]", "[3]") + "}", bytes(8)),
-    "a shape whose product is too large by 2^64": whole("{" + X.replace("[2]", f"[{2**62},{2**62 + 2}]") + "}", bytes(8)),
+    "a shape whose product is too large by 2^64": whole("{" + X.replace("[2]", f"[{2**61 + 1},2]") + "}", bytes(8)),
     "a length of 2^64": whole("{" + X.replace("[2]", f"[{2**64 + 2}]") + "}", bytes(8)),
     "a negative length": whole("{" + X.replace("[2]", "[-2]") + "}", bytes(8)),
     "a length with a fraction": whole("{" + X.replace("[2]", "[2.0]") + "}", bytes(8)),
@@ -410,6 +415,7 @@ NOT_TRACES = {
     "the halves of a character exchanged": whole('{"__metadata__":{"\\udd80\\ud83e":""}}'),
     "half a character and another one": whole('{"__metadata__":{"\\ud83e\\u0041":""}}'),
     "a tab in a string": whole('{"__metadata__":{"\t":""}}'),
+    "text that is not ASCII": whole('{"__metadata__":{"é":""}}'.encode()),
     "bytes that are no text": whole('{"__metadata__":{"\xff":""}}'),
 }
 #: What other writers may do: every one of these is a trace.
@@ -456,6 +462,25 @@ def test_the_c_reader_refuses_whatever_the_page_does_not_allow(tmp_path: Path, l
 @needs_rust
 def test_the_rust_reader_refuses_whatever_the_page_does_not_allow(tmp_path: Path, read_trace: Path) -> None:
     assert taken_of(read_trace, tmp_path / "x", {**NOT_TRACES, **TRACES}) == list(TRACES)
+
+
+@needs_rust
+def test_the_rust_reader_refuses_records_that_are_wrong(tmp_path: Path, read_trace: Path) -> None:
+    right = {"name": "x", "role": "output", "shape": [2]}
+    wrong: list[Any] = [1, "", {}, [1], [[]], [right, right], [{**right, "name": "y"}], [{**right, "name": "é"}]]
+    wrong += [
+        [{**right, key: value}] for key in ("name", "role", "op", "shape", "inputs", "sample") for value in (7, {}, [[]])
+    ]
+    wrong += [[{key: right[key] for key in right if key != absent}] for absent in right]
+    wrong += [[{**right, "layer": "0"}], [{**right, "shape": [3]}], [{**right, "sample": "y"}], [{**right, "colour": "red"}]]
+
+    def file(records: str) -> bytes:
+        return whole(json.dumps({"__metadata__": {"records": records}})[:-1] + "," + X + "}", bytes(8))
+
+    files = {str(i): file(json.dumps(records, ensure_ascii=False)) for i, records in enumerate(wrong)}
+    files |= {text: file(text) for text in ("", "[", "[" * 100_000, "[]]", "[1.5]", "[null]")}
+    right |= {"op": "", "layer": 0, "inputs": [], "sample": "x", "digest": "", "parts": 0}
+    assert taken_of(read_trace, tmp_path / "x", {**files, "right": file(json.dumps([right]))}) == ["right"]
 
 
 def test_python_takes_what_the_page_allows(tmp_path: Path) -> None:
@@ -598,6 +623,23 @@ def test_the_least_that_the_page_says_can_be_handed_in_can_be_handed_in(tmp_path
 def test_the_page_lists_the_metadata_and_the_fields_of_records_that_there_are(llama: Path) -> None:
     assert sorted(table("Metadata")) == sorted(Trace(llama).metadata)
     assert sorted(table("Records")) == sorted(field.name for field in fields(Record))
+
+
+def test_samples_and_digests_are_what_the_page_says(tmp_path: Path) -> None:
+    whole_one = Trace(recorded(tmp_path / "whole", "hybrid", "f32", what=("forward",)))
+    sampled = Trace(recorded(tmp_path / "sampled", "hybrid", "f32", what=("forward",), sample=40))
+    kinds = set()
+    for name, entry in sampled.records.items():
+        array = np.ascontiguousarray(whole_one.array(name))
+        assert bool(entry.sample) == bool(entry.digest) == (array.size > 40 and entry.role not in ("input", "parameter"))
+        if entry.sample:
+            indices = sampled.array(entry.sample)
+            assert entry.sample == f"sample.{array.size}" and len(indices) <= 40 and (np.diff(indices.astype(int)) > 0).all()
+            np.testing.assert_array_equal(sampled.array(name), array.reshape(-1)[indices])
+            parts = [hashlib.sha256(part.tobytes()).digest() for part in np.split(array, entry.parts or 1)]
+            assert entry.digest == (hashlib.sha256(b"".join(parts)).hexdigest() if entry.parts else parts[0].hex())
+            kinds.add(entry.parts)
+    assert kinds == {0, 7}
 
 
 def test_the_page_explains_every_letter_that_stands_in_a_shape() -> None:

@@ -49,7 +49,7 @@ static inline void trace_fail(const char *path, const char *why, const char *wha
 }
 
 static inline void *trace_resize(const trace *t, void *memory, size_t count, size_t size) {
-    void *resized = count < SIZE_MAX / size ? realloc(memory, count * size + 1) : NULL; /* + 1: never 0 bytes */
+    void *resized = count <= SIZE_MAX / size ? realloc(memory, count > 0 ? count * size : 1) : NULL;
     if (resized == NULL)
         trace_fail(t->path, "there is not enough memory for it", "");
     return resized;
@@ -106,7 +106,7 @@ static inline char *trace_string(trace *t) { /* the next string, its escapes res
         length += t->at[length] == '\\' ? 2 : 1;
     if (t->at + length >= t->stop)
         trace_fail(t->path, "its header has a string without an end", "");
-    char *string = trace_resize(t, NULL, length, 1), *to = string; /* escapes are longer than what they stand for */
+    char *string = trace_resize(t, NULL, length + 1, 1), *to = string; /* escapes are longer than what they stand for */
     while (*t->at != '"') {
         unsigned long c = *t->at++;
         if (c < 0x20 || c > 0x7E)
@@ -118,7 +118,7 @@ static inline char *trace_string(trace *t) { /* the next string, its escapes res
                 trace_fail(t->path, "its header has an escape that JSON does not have", "");
             else
                 c = *escape == 'u' ? trace_hex(t) : (unsigned char)meanings[escape - escapes];
-            if (c >= 0xD800 && c < 0xDC00 && t->stop - t->at > 6 && t->at[0] == '\\' && t->at[1] == 'u') {
+            if (c >= 0xD800 && c < 0xDC00 && t->at[0] == '\\' && t->at[1] == 'u') {
                 t->at += 2;
                 unsigned low = trace_hex(t);
                 c = low >= 0xDC00 && low < 0xE000 ? 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00) : 0xD800;
@@ -299,6 +299,7 @@ static inline trace trace_open(const char *path) { /* path must live as long as 
     if (ferror(file))
         trace_fail(path, "cannot be read: ", strerror(errno));
     fclose(file);
+    t.file = trace_resize(&t, t.file, size, 1); /* as large as the file: so that a sanitizer sees who reads past its end */
 
     uint64_t length = 0;
     if (size < 8)

@@ -65,8 +65,8 @@ class Twin(Mambas):
         token_losses = self.note("token_losses", self.token_losses(logits, following))
         loss = self.note("cross_entropy", self.mean_loss(token_losses))
         if load_balance_alpha and balances:
-            loss = self.note("loss", loss + load_balance_alpha * self.mean_balance(balances))
-        return loss
+            loss = loss + load_balance_alpha * self.mean_balance(balances)
+        return self.note("loss", loss)
 
     def kind(self, layer: int) -> str:
         """What a layer is, by oxidizr's rule."""
