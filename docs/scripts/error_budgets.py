@@ -1,7 +1,7 @@
 """How much of its error budget a correct program uses up, over many random models: what the margin of budgets rests on.
 
-``python docs/scripts/error_budgets.py [MODELS]``, with the extra ``oracle``. The correct program is the plain PyTorch twin of
-the tests, in float64 and in float32. Prints a table; docs/decisions/2026-11-26-error-budgets.md has it.
+``python docs/scripts/error_budgets.py [MODELS]``, with the extra ``oracle``. The correct program is the plain PyTorch twin
+of the tests, in float64 and in float32. Prints a table; docs/decisions/2026-11-26-error-budgets.md has it.
 """
 
 from __future__ import annotations

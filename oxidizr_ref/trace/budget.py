@@ -8,7 +8,7 @@ are what that precision costs. A budget is `MARGIN` times that, and never below 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ class _Distances:
         for start, a, b in paired(expected, host, PIECE):
             measuring.update(a, b if times == 1.0 else b * times, start)
         self._found[record.name] = measuring.result()
+        self.truth.forget()
 
     def add_part(self, record: Record, array: Array, at: int, length: int) -> None:
         if record.name not in self.truth.records:
@@ -79,6 +80,7 @@ class _Distances:
         else:
             first, last = np.searchsorted(where, (at * flat.size, (at + 1) * flat.size))
             measuring.update(whole[first:last], flat[where[first:last] - at * flat.size], int(first))
+        self.truth.forget()
 
     def result(self) -> dict[str, Distance]:
         """The distances by name."""
@@ -90,12 +92,12 @@ def is_angle(name: str) -> bool:
     return name.endswith(".phi")
 
 
-def distances(reference: Trace, precision: str) -> list[dict[str, Distance]]:
-    """How far each probe of a precision is from float64, by name. Raises TraceError where the steps cannot be done again."""
+def distances(reference: Trace, ways: Iterable[Probe]) -> list[dict[str, Distance]]:
+    """How far each way to do the steps is from float64, by name. Raises TraceError where they cannot be done again."""
     source = recorded(reference)
     with _truth(reference) as truth:
         results = []
-        for probe in probes(precision):
+        for probe in ways:
             sink = _Distances(truth)
             repeat(source, sink, probe)
             results.append(sink.result())
@@ -115,8 +117,9 @@ def _truth(reference: Trace) -> Iterator[Trace]:
         yield Trace(path)
 
 
-def budgets(reference: Trace, precision: str) -> dict[str, Budget]:
-    """What is granted to each tensor of a trace that is compared with one computed in ``precision``.
+def budgets(reference: Trace, precision: str, fused: bool = True) -> dict[str, Budget]:
+    """What is granted to each tensor of a trace that is compared with one computed in ``precision``. fused: our own fast
+    operations are among the correct ways (but not where they are what is judged).
 
     Takes about as long as three steps (and three more where the reference is not float64), and a step's memory.
     """
@@ -124,7 +127,7 @@ def budgets(reference: Trace, precision: str) -> dict[str, Budget]:
     for kind in dict.fromkeys((precision, reference.precision)):
         if kind == "f64" and kind != precision:
             continue  # that error is nothing beside the other
-        found = distances(reference, kind)
+        found = distances(reference, [probe for probe in probes(kind) if fused or not probe.fused])
         for name in dict.fromkeys(name for of_probe in found for name in of_probe):
             of_probes = [of_probe[name] for of_probe in found if name in of_probe]
             scale, usual = of_probes[0].scale, of_probes[0].usual

@@ -6,6 +6,7 @@ although everything it was computed from is inside is where a fault lies: the fi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from oxidizr_ref.backend import STORAGE_DTYPES
-from oxidizr_ref.config import Config, canonical_json
+from oxidizr_ref.config import Config, ModelConfig, canonical_json
 from oxidizr_ref.errors import TraceError
 from oxidizr_ref.trace.budget import Budget, budgets, is_angle
 from oxidizr_ref.trace.file import HostArray, Record, Trace, role_of
-from oxidizr_ref.trace.mapping import NameMap, load_map
+from oxidizr_ref.trace.mapping import Mapped, NameMap, load_map
 from oxidizr_ref.trace.measure import Distance, distance
 from oxidizr_ref.trace.names import TOP_K, layer_of, meaning, parse
 from oxidizr_ref.trace.precision import PRECISIONS
 
-#: Verdicts on one tensor: within its budget; outside; not comparable (another shape counts as outside); a tie of a router
-#: broken the other way, within rounding; not judged, since it lies behind such a tie.
-AGREES, DIFFERS, TIE, BEHIND_TIE = "agrees", "differs", "tie", "behind a tie"
+#: Verdicts on one tensor: within its budget; outside it, or of another shape; a tie of a router broken the other way, within
+#: rounding; not judged, since it lies behind such a tie; not equal, and no budget is known.
+AGREES, DIFFERS, TIE, BEHIND_TIE, NO_BUDGET = "agrees", "differs", "tie", "behind a tie", "no budget"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """0: agrees; 1: differs; 3: nothing differs, but a tie of a router left something undecided."""
+        """0: agrees; 1: differs; 3: nothing differs, but something is undecided, as behind a tie of a router."""
         return 1 if self.first is not None else 0 if self.agrees else 3
 
     def as_json(self) -> dict[str, Any]:
@@ -117,9 +118,6 @@ class Comparison:
             "strange": self.strange,
             "tensors": [found.as_json() for found in self.tensors.values()],
         }
-
-    def __str__(self) -> str:
-        return canonical_json({key: value for key, value in self.as_json().items() if key != "tensors"})
 
 
 class _Arrays:
@@ -141,6 +139,9 @@ class _Arrays:
 
     def indices(self, _name: str) -> HostArray | None:
         return None
+
+    def forget(self) -> None:
+        """They are in memory anyway."""
 
 
 def compare(
@@ -171,9 +172,7 @@ def compare(
     return _Comparing(reference, theirs, names, precision, tolerance, granted or {}).run()
 
 
-def _model_of(reference: Trace) -> Any:
-    import json
-
+def _model_of(reference: Trace) -> ModelConfig | None:
     return Config.from_canonical(json.loads(reference.metadata["config"])).model if "config" in reference.metadata else None
 
 
@@ -198,6 +197,8 @@ class _Comparing:
             used.add(mapped.name)
             their_name = theirs[mapped.name]
             self.found[record.name] = self._judge(record, their_name, mapped)
+            self.reference.forget()
+            self.other.forget()
         if not self.found:
             some = ", ".join(sorted(theirs)[:3])
             hint = "; --map says how names correspond" if theirs else ""
@@ -207,7 +208,7 @@ class _Comparing:
         strange = sorted(theirs[name] for name in theirs.keys() - used)
         return Comparison(str(self.reference.path), str(self.other.path), self.precision, self.found, missing, strange)
 
-    def _judge(self, record: Record, their_name: str, mapped: Any) -> Compared:
+    def _judge(self, record: Record, their_name: str, mapped: Mapped) -> Compared:
         inputs = self._nearest(record)
         a, b = self.reference.array(record.name), self.other.array(their_name)
         where_a, where_b = self.reference.indices(record.name), self.other.indices(their_name)
@@ -259,7 +260,7 @@ class _Comparing:
         if self.tolerance is not None:
             budget = Budget(self.tolerance * found.scale, float("inf"))
         used = (budget or Budget(0.0, 0.0)).used(found)
-        verdict = AGREES if used <= 1 else DIFFERS
+        verdict = AGREES if used <= 1 else NO_BUDGET if budget is None and not found.nans else DIFFERS
         verdicts = {self.found[name].verdict for name in inputs}
         if verdicts & {TIE, BEHIND_TIE}:
             verdict = BEHIND_TIE

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -277,11 +278,12 @@ class Trace:
         try:
             with safetensors.safe_open(self.path, framework="np") as file:  # checks the whole layout
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
-            self._memory = np.memmap(self.path, dtype=np.uint8, mode="r")
+            with self.path.open("rb") as opened:
+                self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last view is gone
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise TraceError(f"{self.path}: is not a trace ({' '.join(str(error).split())})") from error
-        (length,) = struct.unpack("<Q", self._memory[:8].tobytes())
-        header = json.loads(self._memory[8 : 8 + length].tobytes(), object_pairs_hook=self._without_doubles)
+        (length,) = struct.unpack("<Q", self._memory[:8])
+        header = json.loads(self._memory[8 : 8 + length], object_pairs_hook=self._without_doubles)
         header.pop("__metadata__", None)
         self._payload = 8 + length
         self._entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
@@ -330,6 +332,11 @@ class Trace:
         if dtype is None:
             raise TraceError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not understood")
         return np.ndarray(tuple(entry["shape"]), dtype, self._memory, self._payload + entry["data_offsets"][0])
+
+    def forget(self) -> None:
+        """Let go of what was read of the file: it need not stay in memory, and is read again when touched again."""
+        if hasattr(self._memory, "madvise"):
+            self._memory.madvise(mmap.MADV_DONTNEED)
 
     def indices(self, name: str) -> HostArray | None:
         """Where in the whole the numbers of a sampled name stand, ascending; None where all are there."""
