@@ -7,6 +7,7 @@ although everything it was computed from is inside is where a fault lies: the fi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from oxidizr_ref.backend import STORAGE_DTYPES
-from oxidizr_ref.config import Config, ModelConfig, canonical_json
+from oxidizr_ref.config import Config, ModelConfig
 from oxidizr_ref.errors import TraceError
 from oxidizr_ref.trace.budget import Budget, budgets, is_angle
 from oxidizr_ref.trace.file import HostArray, Record, Trace, role_of
@@ -46,6 +47,10 @@ class Compared:
         """The name, ours."""
         return self.record.name
 
+    def index(self, at: int) -> list[int]:
+        """Where element ``at``, counted in C order, stands in the array."""
+        return [int(i) for i in np.unravel_index(at, self.record.shape)] if self.record.size else []
+
     def as_json(self) -> dict[str, Any]:
         """All that is known, JSON-able: numbers that are not finite are null."""
         d, granted = self.distance, self.budget or Budget(0.0, 0.0)
@@ -61,7 +66,9 @@ class Compared:
             "inputs": list(self.inputs),
             "max_ulp": d.max_ulp,
             "nans": d.nans,
-            "where": [int(i) for i in np.unravel_index(d.where, self.record.shape)] if self.record.size else [],
+            "where": self.index(d.where),
+            "beyond": d.beyond,
+            "first": None if d.first is None else self.index(d.first),
             "problem": self.problem,
             **{key: float(value) if np.isfinite(value) else None for key, value in numbers.items()},
         }
@@ -227,7 +234,9 @@ class _Comparing:
             a, b = a[of_a], b[of_b]
         ulp = STORAGE_DTYPES["f32" if self.precision == "tf32" else self.precision]
         integers = a.dtype.kind in "iub" or b.dtype.kind in "iub"
-        found = distance(a, b, None if integers else ulp, is_angle(record.name))
+        granted = self.granted.get(record.name)
+        limit = granted.largest if granted is not None else math.inf
+        found = distance(a, b, None if integers else ulp, is_angle(record.name), limit)
         return self._verdict(record, found, inputs, "", a, b)
 
     def _alike(self, record: Record, their_name: str, b: HostArray, sampled: bool) -> str:

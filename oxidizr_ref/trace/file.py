@@ -66,6 +66,21 @@ class Record:
         return math.prod(self.shape)
 
 
+_KINDS: dict[str, type] = {"name": str, "role": str, "shape": list, "inputs": list, "op": str, "layer": int, "sample": str}
+_KINDS |= {"digest": str, "parts": int}
+
+
+def _record(item: Any) -> Record:
+    """A record as it stands in a file. Raises ValueError or TypeError where it is none."""
+    for key, value in item.items() if isinstance(item, dict) else [("record", item)]:
+        if type(value) is not _KINDS.get(key):
+            raise ValueError(f"{key} {value!r:.60}")
+    record = Record(**{**item, "shape": tuple(item["shape"]), "inputs": tuple(item.get("inputs", ()))})
+    if not all(type(n) is int and n >= 0 for n in record.shape) or not all(type(name) is str for name in record.inputs):
+        raise ValueError(f"shape or inputs of {record.name}")
+    return record
+
+
 def role_of(name: str) -> str:
     """The role that a name alone tells; of a value and a parameter it tells the same."""
     _, _, path, end = parse(name)
@@ -86,9 +101,10 @@ def pieces(array: Array, size: int = PIECE) -> Iterator[HostArray]:
 
 def sampled_indices(size: int, count: int) -> HostArray:
     """``count`` different indices below ``size``, ascending: the same ones for every array of that size. int64."""
-    drawn = np.unique((rng.uniform(0, "trace", f"sample.{size}", 0, 2 * count) * size).astype(np.int64))
-    kept = rng.permutation(0, "trace", size, len(drawn))[:count]
-    return np.sort(drawn[kept])
+    if size <= 4 * count:
+        return np.sort(rng.permutation(0, "trace", size, size)[:count])
+    drawn = np.unique((rng.uniform(0, "trace", f"sample.{size}", 0, 2 * count) * size).astype(np.int64))  # 1.5 count or more
+    return np.sort(drawn[rng.permutation(0, "trace", size, len(drawn))[:count]])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -302,17 +318,29 @@ class Trace:
                 name: Record(name, role_of(name), tuple(entry["shape"]), layer=layer_of(name))
                 for name, entry in self._entries.items()
             }
+        if self.metadata.get("trace_version") != TRACE_VERSION:
+            said = self.metadata.get("trace_version", "none")
+            raise TraceError(f"{self.path}: trace version {said}; this package reads {TRACE_VERSION}")
+        records: dict[str, Record] = {}
         try:
-            listed = [
-                Record(**{**r, "shape": tuple(r["shape"]), "inputs": tuple(r.get("inputs", ()))})
-                for r in json.loads(self.metadata["records"])
-            ]
-        except (TypeError, ValueError, KeyError) as error:
+            for item in json.loads(self.metadata["records"]):
+                record = _record(item)
+                if record.name in records:
+                    raise ValueError(f"{record.name} is listed twice")
+                self._must_fit(record)
+                records[record.name] = record
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise TraceError(f"{self.path}: its records cannot be understood ({error})") from error
-        missing = next((r.name for r in listed if r.name not in self._entries), None)
-        if missing is not None:
-            raise TraceError(f"{self.path}: its records speak of {missing}, which it does not hold")
-        return {record.name: record for record in listed}
+        return records
+
+    def _must_fit(self, record: Record) -> None:
+        """Raises ValueError unless the file holds what the record speaks of, in its shape."""
+        for name in filter(None, (record.name, record.sample)):
+            if name not in self._entries:
+                raise ValueError(f"they speak of {name}, which the file does not hold")
+        shape = tuple(self._entries[record.sample or record.name]["shape"])
+        if tuple(self._entries[record.name]["shape"]) != (shape if record.sample else record.shape):
+            raise ValueError(f"{record.name} has another shape in them than in the header")
 
     @property
     def precision(self) -> str:

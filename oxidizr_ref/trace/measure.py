@@ -27,6 +27,7 @@ class Distance:
     scale, usual: the largest and the median |a|. max_ulp: the largest number of steps between neighbouring values of the
     precision compared in. cosine: of the angle between a and b. factor: what a is best multiplied by to give b. nans: of
     elements one of which is NaN where the other is not, or infinite where the other is not; of integers, those that differ.
+    beyond: how many elements are further apart than a limit, and first, the first of them.
     """
 
     max_abs: float = 0.0
@@ -40,24 +41,29 @@ class Distance:
     nans: int = 0
     where: int = 0
     values: tuple[float, float] = (0.0, 0.0)  # a and b there
+    beyond: int = 0
+    first: int | None = None
 
 
 @dataclass
 class Measuring:
     """Takes the pieces of two arrays in any order. ``size``: of the whole; ``ulp``: the dtype whose steps are counted.
 
-    turns: numbers are angles, equal where whole turns apart.
+    turns: numbers are angles, equal where whole turns apart. limit: see `Distance.beyond`.
     """
 
     size: int
     ulp: np.dtype[Any] | None = None
     turns: bool = False
+    limit: float = math.inf
     max_abs: float = 0.0
     scale: float = 0.0
     max_ulp: int = 0
     nans: int = 0
     where: int = 0
     values: tuple[float, float] = (0.0, 0.0)
+    beyond: int = 0
+    first: int | None = None
     products: list[tuple[float, float, float]] = field(default_factory=list)
     sampled: list[tuple[HostArray, HostArray]] = field(default_factory=list)
 
@@ -66,6 +72,7 @@ class Measuring:
         if a.dtype.kind in "iub" or b.dtype.kind in "iub":
             differs = a != b
             self.nans += int(np.count_nonzero(differs))
+            self._count_beyond(differs, start)
             if differs.any():
                 self._largest(1.0, start + int(differs.argmax()), a, b, start)
             return
@@ -82,6 +89,7 @@ class Measuring:
             apart[~finite] = np.where(alike, 0.0, np.inf)[~finite]
             a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
             ulps = None if ulps is None else np.where(finite, ulps, 0)
+        self._count_beyond(apart > self.limit, start)
         magnitude = np.abs(a)
         if apart.size:
             at = int(apart.argmax())
@@ -93,6 +101,12 @@ class Measuring:
         step = -(-self.size // MEDIAN_OF)
         first = -start % step
         self.sampled.append((apart[first::step].copy(), magnitude[first::step].copy()))
+
+    def _count_beyond(self, beyond: HostArray, start: int) -> None:
+        count = int(np.count_nonzero(beyond))
+        if count:
+            at = start + int(beyond.argmax())
+            self.beyond, self.first = self.beyond + count, at if self.first is None else min(self.first, at)
 
     def _largest(self, apart: float, at: int, a: HostArray, b: HostArray, start: int) -> None:
         if apart > self.max_abs:
@@ -119,6 +133,8 @@ class Measuring:
             nans=self.nans,
             where=self.where,
             values=self.values,
+            beyond=self.beyond,
+            first=self.first,
         )
 
 
@@ -129,9 +145,11 @@ def paired(a: HostArray, b: HostArray, size: int) -> Iterator[tuple[int, HostArr
         yield i, np.asarray(flat_a[i : i + size]), np.asarray(flat_b[i : i + size])
 
 
-def distance(a: HostArray, b: HostArray, ulp: np.dtype[Any] | None = None, turns: bool = False) -> Distance:
-    """How far ``b`` is from ``a``, arrays of equal size."""
-    measuring = Measuring(a.size, ulp, turns)
+def distance(
+    a: HostArray, b: HostArray, ulp: np.dtype[Any] | None = None, turns: bool = False, limit: float = math.inf
+) -> Distance:
+    """How far ``b`` is from ``a``, arrays of equal size. See `Measuring`."""
+    measuring = Measuring(a.size, ulp, turns, limit)
     for start, piece_a, piece_b in paired(a, b, 1 << 18):
         measuring.update(piece_a, piece_b, start)
     return measuring.result()

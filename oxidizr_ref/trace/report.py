@@ -58,13 +58,16 @@ def _origin(found: Comparison, first: Compared) -> Iterator[str]:
     if first.problem:
         yield f"  error    {first.problem}"
     else:
-        at = ", ".join(str(int(i)) for i in np.unravel_index(d.where, record.shape)) if record.size else ""
+        at = first.index(d.where)
         if d.max_abs != d.max_abs or d.nans:
-            yield f"  error    {d.nans} elements cannot be equal (integers, NaN or infinities); first at [{at}]"
+            yield f"  error    {d.nans} elements cannot be equal (integers, NaN or infinities); first at {at}"
         else:
             times = f", {_short(first.used)} times its budget" if np.isfinite(first.used) else ""
             yield f"  error    max abs {_short(d.max_abs)}, max rel {_short(d.max_rel)}{times}"
-        yield f"           at [{at}] the reference has {d.values[0]:.9g}, the other {d.values[1]:.9g}"
+        yield f"           at {at} the reference has {d.values[0]:.9g}, the other {d.values[1]:.9g}"
+        if d.first is not None and record.size > 1:
+            share = f"{d.beyond / record.size:.0%} of the elements are beyond it"
+            yield f"           {share}, the first at {first.index(d.first)}"
         if d.cosine > 1 - 1e-9 and abs(d.factor - 1) > 1e-6:
             yield f"           the other is {d.factor:.7g} times the reference"
         elif abs(d.cosine) < 1 and d.cosine < 1 - 1e-9:

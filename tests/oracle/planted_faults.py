@@ -411,11 +411,15 @@ class ChunkedMamba2(InLayer):
         since = functional.pad(dt * A, end[2:]).unflatten(1, (-1, Q)).cumsum(dim=2)
         past = torch.ones(Q, Q, dtype=torch.bool).tril()[:, :, None]
         decay = torch.exp((since[:, :, :, None] - since[:, :, None]).masked_fill(~past, -math.inf))
-        y = torch.einsum("bcqhn,bcshn,bcqsh,bcshp->bcqhp", C, B, decay, x)
+        y = torch.einsum("bcqsh,bcqsh,bcshp->bcqhp", self.inside_a_chunk(C, B), decay, x)
         left = torch.einsum("bcshn,bcsh,bcshp->bchpn", B, torch.exp(since[:, :, -1:] - since), x)
         found = torch.einsum("bhzc,bchpn->bzhpn", self.between_chunks(since[:, :, -1]), left)
         y = y + torch.einsum("bcqhn,bchpn,bcqh->bcqhp", C, found, torch.exp(since))
         return y.flatten(1, 2)[:, :T]
+
+    def inside_a_chunk(self, C: Tensor, B: Tensor) -> Tensor:
+        """What token s weighs for token q beside decay and time step, ``[B,chunk,q,s,H]``: ``C_q·B_s``."""
+        return torch.einsum("bcqhn,bcshn->bcqsh", C, B)
 
     def between_chunks(self, a: Tensor) -> Tensor:
         """How much of what chunk c leaves is left when chunk z begins, ``[B,H,z,c]``.
@@ -426,6 +430,14 @@ class ChunkedMamba2(InLayer):
         before = ends - a.transpose(1, 2)
         earlier = torch.ones(a.shape[1], a.shape[1], dtype=torch.bool).tril(-1)
         return torch.exp((before[..., :, None] - ends[..., None, :]).masked_fill(~earlier, -math.inf))
+
+
+@planted("sums of C and B at the query's place (oxidizr's)", "mamba2", "layers.1.mamba2.mixer.y")
+class SumsAtTheQuery(ChunkedMamba2):
+    """``(Σ_n C_q) (Σ_n B_q)``, whatever token s is."""
+
+    def inside_a_chunk(self, C: Tensor, B: Tensor) -> Tensor:
+        return (C.sum(dim=-1) * B.sum(dim=-1)).unsqueeze(3).expand(-1, -1, -1, C.shape[2], -1)
 
 
 @planted("decay between chunks scrambled (oxidizr's)", "mamba2", "layers.1.mamba2.mixer.y")
