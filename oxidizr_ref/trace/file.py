@@ -318,8 +318,8 @@ class Trace:
                 name: Record(name, role_of(name), tuple(entry["shape"]), layer=layer_of(name))
                 for name, entry in self._entries.items()
             }
-        if self.metadata.get("trace_version") != TRACE_VERSION:
-            said = self.metadata.get("trace_version", "none")
+        said = self.metadata.get("trace_version", TRACE_VERSION)
+        if said != TRACE_VERSION:
             raise TraceError(f"{self.path}: trace version {said}; this package reads {TRACE_VERSION}")
         records: dict[str, Record] = {}
         try:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oxidizr_ref import rng
-from oxidizr_ref.config import bundled_config_names, load_config
+from oxidizr_ref.config import bundled_config_names, canonical_json, load_config
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.trace.file import Trace
@@ -85,9 +85,10 @@ def numbers_of(trace: Trace) -> dict[str, float]:
 
 
 def machine_class() -> str:
-    """What the bits of a trace depend on besides this package: a digest of what this machine's arithmetic gives."""
-    probe: str = fingerprint()["probe"]
-    return probe[:16]
+    """What the bits of a trace depend on besides this package, in 16 digits: NumPy, BLAS, CPU features, what they give."""
+    found = fingerprint()
+    parts = {key: found[key] for key in ("numpy", "blas", "cpu_features", "probe")}
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
 
 
 def published() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from oxidizr_ref.trace.names import TOP_K, parse
 from oxidizr_ref.trace.precision import Probe
 from oxidizr_ref.trace.recorder import WHAT, Recorder, Sink
 from oxidizr_ref.trainer import Trainer
-from oxidizr_ref.version import NUMERICS_VERSION, __version__
+from oxidizr_ref.version import NUMERICS_VERSION
 from oxidizr_ref.watch import watched
 
 #: Of a header, for each parameter and step: measured, 3,500 to 3,700 for models of every kind.
@@ -59,7 +59,7 @@ def record(
         model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights})
     trainer = Trainer(config, model, data)
     metadata = {
-        "made_by": f"oxidizr_ref {__version__}, numerics {NUMERICS_VERSION}",
+        "made_by": f"oxidizr_ref, numerics {NUMERICS_VERSION}",
         "config": canonical_json(config.canonical()),
         "side": "fused" if fused else "reference",
         "steps": str(steps),
