@@ -12,8 +12,10 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,8 @@ _ALIGNMENT = 64
 #: What files of other programs may hold besides.
 _ALSO = {"I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U16": np.uint16, "BOOL": np.bool_}
 _READABLE: dict[str, np.dtype[Any]] = {**DTYPES, **{name: np.dtype(kind) for name, kind in _ALSO.items()}}
+#: What the format keeps for itself, and halves of surrogate pairs, which no reader takes.
+_NO_NAMES = re.compile("__metadata__$|sample\\.[0-9]+$|.*[\ud800-\udfff]", re.DOTALL)
 
 HostArray = np.ndarray[Any, Any]
 
@@ -143,21 +147,28 @@ class TraceWriter:
         self._end = 0
 
     def __enter__(self) -> Self:
-        try:
+        with self._disk():
             self._file = disk.new_file(self.path, disk.temporary_of(self.path))
             self._descriptor = self._file.__enter__()
-        except OSError as error:
-            raise TraceError(f"{self.path}: cannot be written ({error.strerror}); choose another place") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            try:
-                self._finish()
-            except BaseException as failure:
-                self._file.__exit__(type(failure), failure, None)
-                raise
-        self._file.__exit__(kind, error, trace)
+        with self._disk():
+            if kind is None:
+                try:
+                    self._finish()
+                except BaseException as failure:
+                    self._file.__exit__(type(failure), failure, None)
+                    raise
+            self._file.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the disk refuses, told as an error of a trace."""
+        try:
+            yield
+        except OSError as error:
+            raise TraceError(f"{self.path}: cannot be written ({error.strerror or error}); choose another place") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._records
@@ -168,7 +179,7 @@ class TraceWriter:
         opened = self._place(record, self._stored(array.dtype))
         whole, at = hashlib.sha256(), 0
         for piece in pieces(array):
-            piece = (piece if times == 1.0 else piece * times).astype(opened.dtype, copy=False)
+            piece = self._converted(record.name, piece if times == 1.0 else piece * times, opened.dtype)
             if opened.values is None:
                 self._write(piece, opened.offset + at * piece.itemsize)
             else:
@@ -191,7 +202,10 @@ class TraceWriter:
         elif isinstance(record, Record):  # a later place may have been computed from more
             self._records[name] = replace(self._records[name], inputs=record.inputs)
         opened = self._open[name]
-        part = np.ascontiguousarray(to_host(array), dtype=opened.dtype)
+        if (length, *array.shape) != opened.record.shape or not 0 <= at < length:
+            whole = f"{name} {list(opened.record.shape)}"
+            raise TraceError(f"{self.path}: {list(array.shape)} cannot be place {at} of {length} in {whole}")
+        part = self._converted(name, np.ascontiguousarray(to_host(array)), opened.dtype)
         if opened.values is None:
             self._write(part, opened.offset + at * part.nbytes)
         else:
@@ -206,10 +220,23 @@ class TraceWriter:
             raise TraceError(
                 f"{self.path}: {record.name} is recorded twice; of steps after the first write step.N. before it"
             )
+        if _NO_NAMES.match(record.name):
+            raise TraceError(f"{self.path}: no tensor can be called {record.name!r}")
         return replace(record, shape=tuple(int(n) for n in shape))
 
     def _stored(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         return self._integers if dtype.kind in "iub" else self._floats  # bf16 and f16 fit into float32 exactly
+
+    def _converted(self, name: str, array: HostArray, dtype: np.dtype[Any]) -> HostArray:
+        """The array as it is stored. Raises TraceError for integers that would become others, and for what is no number."""
+        if array.dtype.kind in "iu" and array.size:
+            smallest, largest, fit = int(array.min()), int(array.max()), np.iinfo(dtype)
+            if smallest < fit.min or largest > fit.max:
+                outside = smallest if smallest < fit.min else largest
+                raise TraceError(f"{self.path}: {name} holds {outside}; integers are stored from {fit.min} to {fit.max}")
+        elif array.dtype.kind in "cOSUMm":
+            raise TraceError(f"{self.path}: {name} holds {array.dtype}; only real numbers, integers and booleans are stored")
+        return array.astype(dtype, copy=False)
 
     def _place(self, record: Record, dtype: np.dtype[Any]) -> _Open:
         """Room for an array in the payload, for its sample if it is too large."""
@@ -236,7 +263,8 @@ class TraceWriter:
         opened.values[first:last] = flat[where[first:last] - start]
 
     def _write(self, array: HostArray, offset: int) -> None:
-        disk.write_at(self._descriptor, array.reshape(-1).view(np.uint8).data, self._start + offset)
+        with self._disk():
+            disk.write_at(self._descriptor, array.reshape(-1).view(np.uint8).data, self._start + offset)
 
     def _finish(self) -> None:
         for name, opened in self._open.items():
@@ -353,13 +381,16 @@ class Trace:
     def array(self, name: str) -> HostArray:
         """The numbers of a name as they are stored (of a sampled one, the sample), a view of the file; read when touched.
 
-        Raises TraceError for a dtype that is not understood.
+        Raises TraceError for a dtype that is not understood, and for more or longer axes than an array can have.
         """
         entry = self._entries[name]
         dtype = _READABLE.get(entry["dtype"])
         if dtype is None:
             raise TraceError(f"{self.path}: {name} has dtype {entry['dtype']}, which is not understood")
-        return np.ndarray(tuple(entry["shape"]), dtype, self._memory, self._payload + entry["data_offsets"][0])
+        try:
+            return np.ndarray(tuple(entry["shape"]), dtype, self._memory, self._payload + entry["data_offsets"][0])
+        except ValueError as error:
+            raise TraceError(f"{self.path}: {name} has a shape that no array can have ({error})") from error
 
     def forget(self) -> None:
         """Let go of what was read of the file: it need not stay in memory, and is read again when touched again."""

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.oracle
 torch.set_num_threads(1)  # of such small tensors, handing parts to threads costs more than it gains
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
+#: Epsilon is 1e-5 of a mean square around 1: outside the root it is 1.3 times a float32 budget here, elsewhere perhaps 0.9.
+TOO_CLOSE_IN_F32 = {"epsilon outside the root"}
 CONFIGS, OF_ONE_TEST = 200, 10
 
 
@@ -59,7 +61,7 @@ def test_a_planted_fault_is_found_at_its_op_and_layer(name: str, tmp_path: Path)
     assert f"DIFFERS first at {found.first.name}" in text and found.first.record.op in text
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in TOO_CLOSE_IN_F32])
 def test_in_float32_too_it_is_found_there(name: str, tmp_path: Path) -> None:
     found = found_in(FAULTS[name], "f32", tmp_path)
     assert found.first is not None and found.first.name in FAULTS[name].expected, report(found)
