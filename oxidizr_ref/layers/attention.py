@@ -114,8 +114,8 @@ class LatentAttention(Module):
         H, P, R = self.num_heads, self.head_dim, self.d_rope
         q, q_r, c_kv, k_r = self._project(x, 0)
         k, v = self.w_uk(c_kv).reshape(B, T, H, P), self.w_uv(c_kv).reshape(B, T, H, P)
-        q = named("q", ops.concatenate(q, q_r, axis=-1))
-        k = named("k", ops.concatenate(k, ops.broadcast_to(k_r, shape=(B, T, H, R)), axis=-1))
+        q = named("queries", ops.concatenate(q, q_r, axis=-1))
+        k = named("keys", ops.concatenate(k, ops.broadcast_to(k_r, shape=(B, T, H, R)), axis=-1))
         return self.o_proj(named("context", attention(q, k, v, self.scale)).reshape(B, T, H * P))
 
     def new_cache(self, batch: int) -> TokenCache:

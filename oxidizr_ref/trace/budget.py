@@ -127,7 +127,7 @@ def budgets(reference: Trace, precision: str, fused: bool = True) -> dict[str, B
     for kind in dict.fromkeys((precision, reference.precision)):
         if kind == "f64" and kind != precision:
             continue  # that error is nothing beside the other
-        found = distances(reference, [probe for probe in probes(kind) if fused or not probe.fused])
+        found = distances(reference, probes(kind, fused))
         for name in dict.fromkeys(name for of_probe in found for name in of_probe):
             of_probes = [of_probe[name] for of_probe in found if name in of_probe]
             scale, usual = of_probes[0].scale, of_probes[0].usual

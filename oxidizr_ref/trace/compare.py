@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from oxidizr_ref.trace.mapping import Mapped, NameMap, load_map
 from oxidizr_ref.trace.measure import Distance, distance
 from oxidizr_ref.trace.names import TOP_K, layer_of, meaning, parse
 from oxidizr_ref.trace.precision import PRECISIONS
+from oxidizr_ref.trace.torch_recorder import as_numpy
 
 #: Verdicts on one tensor: within its budget; outside it, or of another shape; a tie of a router broken the other way, within
 #: rounding; not judged, since it lies behind such a tie; not equal, and no budget is known.
@@ -128,12 +129,12 @@ class Comparison:
 
 
 class _Arrays:
-    """Arrays in memory, in place of the other trace."""
+    """Arrays in memory, NumPy's or PyTorch's, in place of the other trace."""
 
     path = Path("the arrays given")
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self._arrays = {name: as_numpy(array) for name, array in arrays.items()}
         self.records = {
             name: Record(name, role_of(name), array.shape, layer=layer_of(name)) for name, array in self._arrays.items()
         }
@@ -202,8 +203,11 @@ class _Comparing:
                 missing.append(record.name)
                 continue
             used.add(mapped.name)
-            their_name = theirs[mapped.name]
-            self.found[record.name] = self._judge(record, their_name, mapped)
+            found = self._judge(record, theirs[mapped.name], mapped)
+            if found is None:
+                missing.append(record.name)
+            else:
+                self.found[record.name] = found
             self.reference.forget()
             self.other.forget()
         if not self.found:
@@ -215,35 +219,48 @@ class _Comparing:
         strange = sorted(theirs[name] for name in theirs.keys() - used)
         return Comparison(str(self.reference.path), str(self.other.path), self.precision, self.found, missing, strange)
 
-    def _judge(self, record: Record, their_name: str, mapped: Mapped) -> Compared:
+    def _judge(self, record: Record, their_name: str, mapped: Mapped) -> Compared | None:
+        """None where both have samples, and no number is in both."""
         inputs = self._nearest(record)
         a, b = self.reference.array(record.name), self.other.array(their_name)
         where_a, where_b = self.reference.indices(record.name), self.other.indices(their_name)
         if where_b is None:
             b = mapped(b)
+        elif mapped.steps:
+            raise TraceError(
+                f"{self.other.path}: {their_name} is a sample, to which the map's {mapped.steps[0]} cannot be done; "
+                "record all of it"
+            )
         problem = self._alike(record, their_name, b, where_b is not None)
         if problem:
             found = Distance(max_abs=float("inf"), nans=1)
             return self._verdict(record, found, inputs, problem)
-        if where_a is not None and where_b is None:
-            b = np.asarray(b.reshape(-1)[where_a])
-        elif where_b is not None and where_a is None:
-            a = np.asarray(a.reshape(-1)[where_b])
-        elif where_a is not None and where_b is not None:
-            _, of_a, of_b = np.intersect1d(where_a, where_b, return_indices=True)
+        where = where_b if where_a is None else where_a
+        if where_a is not None and where_b is not None:
+            where, of_a, of_b = np.intersect1d(where_a, where_b, return_indices=True)
             a, b = a[of_a], b[of_b]
+        elif where_a is not None:
+            b = np.asarray(b.reshape(-1)[where_a])
+        elif where_b is not None:
+            a = np.asarray(a.reshape(-1)[where_b])
+        if not a.size and record.size:
+            return None
         ulp = STORAGE_DTYPES["f32" if self.precision == "tf32" else self.precision]
         integers = a.dtype.kind in "iub" or b.dtype.kind in "iub"
         granted = self.granted.get(record.name)
         limit = granted.largest if granted is not None else math.inf
         found = distance(a, b, None if integers else ulp, is_angle(record.name), limit)
-        return self._verdict(record, found, inputs, "", a, b)
+        if where is not None:
+            first = None if found.first is None else int(where[found.first])
+            found = replace(found, where=int(where[found.where]), first=first)
+        return self._verdict(record, found, inputs, "", a, b, where)
 
     def _alike(self, record: Record, their_name: str, b: HostArray, sampled: bool) -> str:
         """What is wrong with the shape of theirs; axes may be merged or split, but not exchanged."""
         theirs = self.other.records[their_name].shape if sampled else b.shape
         ours = record.shape
-        if _borders(ours) <= _borders(theirs) or _borders(theirs) <= _borders(ours):
+        merged = _borders(ours) <= _borders(theirs) or _borders(theirs) <= _borders(ours)
+        if merged and math.prod(ours) == math.prod(theirs):
             return ""
         exchanged = " (axes exchanged? a map can permute them)" if sorted(ours) == sorted(theirs) else ""
         return f"shape {list(theirs)} where {list(ours)} is expected{exchanged}"
@@ -263,7 +280,14 @@ class _Comparing:
         return tuple(found)
 
     def _verdict(
-        self, record: Record, found: Distance, inputs: tuple[str, ...], problem: str, a: Any = None, b: Any = None
+        self,
+        record: Record,
+        found: Distance,
+        inputs: tuple[str, ...],
+        problem: str,
+        a: Any = None,
+        b: Any = None,
+        where: HostArray | None = None,
     ) -> Compared:
         budget = self.granted.get(record.name)
         if self.tolerance is not None:
@@ -273,21 +297,27 @@ class _Comparing:
         verdicts = {self.found[name].verdict for name in inputs}
         if verdicts & {TIE, BEHIND_TIE}:
             verdict = BEHIND_TIE
-        elif verdict == DIFFERS and record.op == TOP_K and not problem and self._is_tie(record, a, b):
+        elif verdict == DIFFERS and record.op == TOP_K and not problem and self._is_tie(record, a, b, where):
             verdict = TIE
         return Compared(record, found, budget, used, verdict, inputs, problem)
 
-    def _is_tie(self, record: Record, a: HostArray, b: HostArray) -> bool:
-        """Whether experts were chosen otherwise only where their logits are equal within rounding, but not equal."""
+    def _is_tie(self, record: Record, a: HostArray, b: HostArray, where: HostArray | None) -> bool:
+        """Whether experts were chosen otherwise only where their logits are equal within rounding, but not equal.
+
+        where: where a and b stand in the whole, if they are a sample.
+        """
         logits_name = next((name for name in record.inputs if name in self.reference.records), None)
         granted = self.granted.get(logits_name or "")
         if logits_name is None or granted is None or self.reference.indices(logits_name) is not None:
             return False
         logits = self.reference.array(logits_name).reshape(-1, self.reference.records[logits_name].shape[-1])
-        a, b = (x.reshape(len(logits), -1).astype(np.int64) for x in (a, b))
+        places = np.arange(record.size) if where is None else where
+        tokens = places // record.shape[-1]
+        with np.errstate(invalid="ignore"):
+            a, b = (x.reshape(-1).astype(np.int64) for x in (a, b))
         if b.min() < 0 or b.max() >= logits.shape[1]:
             return False
-        apart = np.abs(np.take_along_axis(logits, a, 1) - np.take_along_axis(logits, b, 1))[a != b]
+        apart = np.abs(logits[tokens, a] - logits[tokens, b])[a != b]
         return bool((apart <= 2 * granted.largest).all() and (apart > 0).all())
 
 

@@ -398,6 +398,15 @@ class Trace:
             self._memory.madvise(mmap.MADV_DONTNEED)
 
     def indices(self, name: str) -> HostArray | None:
-        """Where in the whole the numbers of a sampled name stand, ascending; None where all are there."""
+        """Where in the whole the numbers of a sampled name stand, ascending; None where all are there.
+
+        Raises TraceError where the file has something else in their place.
+        """
         record = self.records[name]
-        return self.array(record.sample).astype(np.int64) if record.sample else None
+        if not record.sample:
+            return None
+        found = self.array(record.sample)
+        where = found.astype(np.int64) if found.dtype.kind in "iu" and found.ndim == 1 else np.array([-1])
+        if len(where) and not (0 <= where[0] and where[-1] < record.size and (np.diff(where) > 0).all()):
+            raise TraceError(f"{self.path}: {record.sample} does not hold indices of {record.size} numbers, ascending")
+        return where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,13 @@ MEDIAN_OF = 1 << 16
 class Distance:
     """How far ``b`` is from ``a``.
 
-    max_abs: the largest |a - b|, at ``where`` (an index in C order). max_rel: that over the largest |a|. median: of |a - b|.
-    scale, usual: the largest and the median |a|. max_ulp: the largest number of steps between neighbouring values of the
-    precision compared in. cosine: of the angle between a and b. factor: what a is best multiplied by to give b. nans: of
-    elements one of which is NaN where the other is not, or infinite where the other is not; of integers, those that differ.
-    beyond: how many elements are further apart than a limit, and first, the first of them.
+    max_abs: the largest |a - b|, at ``where``: an index in C order, of several as far apart the first. max_rel: that over
+    the largest |a|. scale: the largest |a|. median, usual: the medians of |a - b| and of |a| over the elements where a is
+    neither 0 nor infinite (whole triangles and rows of zeros would hide the others). max_ulp: the largest number of steps
+    between neighbouring values of the precision compared in. cosine: of the angle between a and b; factor: what a is best
+    multiplied by to give b; NaN where squares overflow. nans: how many elements are NaN in either, or infinite in one and
+    not in the same way in the other; of integers, how many differ. beyond: how many elements are further apart than a limit,
+    and first, the first of them. size: how many there are.
     """
 
     max_abs: float = 0.0
@@ -43,6 +45,7 @@ class Distance:
     values: tuple[float, float] = (0.0, 0.0)  # a and b there
     beyond: int = 0
     first: int | None = None
+    size: int = 0
 
 
 @dataclass
@@ -76,12 +79,15 @@ class Measuring:
             if differs.any():
                 self._largest(1.0, start + int(differs.argmax()), a, b, start)
             return
+        with np.errstate(all="ignore"):
+            self._update(a, b, start)
+
+    def _update(self, a: HostArray, b: HostArray, start: int) -> None:
         ulps = None if self.ulp is None else ulp_distance(a.astype(self.ulp), b.astype(self.ulp))
         a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
-        with np.errstate(invalid="ignore", over="ignore"):
-            apart = np.abs(a - b)
+        given, apart = (a, b), np.abs(a - b)
         if self.turns:
-            apart = np.abs(apart - 2 * math.pi * np.round(apart / (2 * math.pi)))
+            apart = np.where(np.isinf(apart), apart, np.abs(apart - 2 * math.pi * np.round(apart / (2 * math.pi))))
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all():
             alike = (a == b) | (np.isneginf(a) & (b < MASKED))
@@ -93,14 +99,15 @@ class Measuring:
         magnitude = np.abs(a)
         if apart.size:
             at = int(apart.argmax())
-            self._largest(float(apart[at]), start + at, a, b, start)
+            self._largest(float(apart[at]), start + at, *given, start)
             self.scale = max(self.scale, float(magnitude.max()))
             if ulps is not None:
                 self.max_ulp = max(self.max_ulp, int(ulps.max()))
         self.products.append((float(a @ b), float(a @ a), float(b @ b)))
-        step = -(-self.size // MEDIAN_OF)
+        step = -(-self.size // MEDIAN_OF) or 1
         first = -start % step
-        self.sampled.append((apart[first::step].copy(), magnitude[first::step].copy()))
+        apart, magnitude = apart[first::step], magnitude[first::step]
+        self.sampled.append((apart[magnitude > 0], magnitude[magnitude > 0]))
 
     def _count_beyond(self, beyond: HostArray, start: int) -> None:
         count = int(np.count_nonzero(beyond))
@@ -109,17 +116,16 @@ class Measuring:
             self.beyond, self.first = self.beyond + count, at if self.first is None else min(self.first, at)
 
     def _largest(self, apart: float, at: int, a: HostArray, b: HostArray, start: int) -> None:
-        if apart > self.max_abs:
+        if apart > self.max_abs or (apart == self.max_abs > 0 and at < self.where):
             self.max_abs, self.where = apart, at
             self.values = float(a[at - start]), float(b[at - start])
 
     def result(self) -> Distance:
         """What all pieces together say."""
-        median, usual = (
-            float(np.median(np.concatenate([parts[i] for parts in self.sampled]))) if self.sampled and self.size else 0.0
-            for i in (0, 1)
-        )
-        ab, aa, bb = (math.fsum(column) for column in zip(*(self.products or [(0.0, 0.0, 0.0)]), strict=True))
+        with np.errstate(over="ignore"):
+            columns = (np.concatenate(column) for column in zip(*(self.sampled or [(np.zeros(0),) * 2]), strict=True))
+            median, usual = (float(np.median(column)) if column.size else 0.0 for column in columns)
+        ab, aa, bb = (_total(column) for column in zip(*(self.products or [(0.0, 0.0, 0.0)]), strict=True))
         zero = aa == 0.0 or bb == 0.0
         return Distance(
             max_abs=self.max_abs,
@@ -135,7 +141,17 @@ class Measuring:
             values=self.values,
             beyond=self.beyond,
             first=self.first,
+            size=self.size,
         )
+
+
+def _total(numbers: Iterable[float]) -> float:
+    """The sum, whatever the order; NaN where anything overflows."""
+    try:
+        total = math.fsum(numbers)
+    except (OverflowError, ValueError):  # ValueError: infinities of both signs
+        return math.nan
+    return total if math.isfinite(total) else math.nan
 
 
 def paired(a: HostArray, b: HostArray, size: int) -> Iterator[tuple[int, HostArray, HostArray]]:

@@ -66,8 +66,10 @@ class TensorFloat32(Arithmetic):
     @staticmethod
     def _round(x: Array) -> Array:
         """To nearest, ties to even: adding half of what is cut, less a bit where the last bit kept is 0, then cutting."""
-        bits = xp_of(x).ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-        return ((bits + (0xFFF + ((bits >> 13) & 1))) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype, copy=False)
+        xp = xp_of(x)
+        bits = xp.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+        cut = ((bits + (0xFFF + ((bits >> 13) & 1))) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype, copy=False)
+        return xp.where(xp.isnan(x), x, cut)  # the bits of a NaN may become those of an infinity, or of 0
 
 
 class Shaken(Arithmetic):
@@ -103,12 +105,17 @@ class Probe(NamedTuple):
     arithmetic: Arithmetic | None = None
 
 
-def probes(precision: str) -> list[Probe]:
-    """Ways to do the same step in a precision, whose errors show what that precision allows. Fresh ones at every call."""
-    if precision == "f64":
-        return [Probe("f64", fused=True), *(Probe("f64", arithmetic=Shaken(2.0**-52, seed)) for seed in (1, 2))]
-    if precision == "f32":
-        return [Probe("f32"), Probe("f32", fused=True), Probe("f32", arithmetic=Shaken(2.0**-23, 1))]
+def probes(precision: str, fused: bool = True) -> list[Probe]:
+    """Ways to do the same step in a precision, whose errors show what that precision allows. Fresh ones at every call.
+
+    Without ``fused`` one more that is shaken stands in for the fused side: of a tensor of a single number, two errors may
+    both be small by chance.
+    """
+    if precision in ("f64", "f32"):
+        unit = {"f64": 2.0**-52, "f32": 2.0**-23}[precision]
+        other = Probe(precision, fused=True) if fused else Probe(precision, arithmetic=Shaken(unit, 3))
+        plain = Probe("f32") if precision == "f32" else Probe("f64", arithmetic=Shaken(unit, 2))
+        return [plain, other, Probe(precision, arithmetic=Shaken(unit, 1))]
     if precision == "tf32":
         return [Probe("f32", arithmetic=TensorFloat32()), Probe("f32", arithmetic=Shaken(2.0**-11, 1))]
     digits = {"bf16": 2.0**-8, "f16": 2.0**-11}[precision]

@@ -163,9 +163,8 @@ def as_numpy(tensor: Any) -> np.ndarray[Any, Any]:
 
     Complex numbers come out as a last axis of real and imaginary part: a trace holds real ones only.
     """
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    known = tensor if str(tensor.dtype) not in ("torch.bfloat16", "torch.float16") else tensor.float()
-    array: np.ndarray[Any, Any] = known.numpy()
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        tensor = tensor.float() if str(tensor.dtype) in ("torch.bfloat16", "torch.float16") else tensor
+    array = np.asarray(tensor)
     return np.stack((array.real, array.imag), axis=-1) if array.dtype.kind == "c" else array

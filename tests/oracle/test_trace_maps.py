@@ -243,8 +243,6 @@ _STEP = {
 }
 _IN_ATTENTION = {
     "layers.*.input_layernorm.rms": "inside the norm's forward",
-    "layers.*.self_attn.q": "turned inside attention's forward",
-    "layers.*.self_attn.k": "turned inside attention's forward",
     "layers.*.self_attn.scores": "inside eager_attention_forward",
     "layers.*.self_attn.masked_scores": "inside eager_attention_forward, which adds the lowest number to what it hides",
     "layers.*.self_attn.context": "inside attention's forward: what o_proj reads, and only results are recorded",
@@ -253,7 +251,13 @@ _IN_ATTENTION = {
     "norm.rms": "inside the norm's forward",
 }
 _IN_FEED_FORWARD = {"layers.*.mlp.activation": "a product inside the feed-forward's forward"}
+_IN_HEADS = {
+    "layers.*.self_attn.q": "turned inside attention's forward",
+    "layers.*.self_attn.k": "turned inside attention's forward",
+}
 _IN_LATENTS = {
+    "layers.*.self_attn.queries": "put together inside attention's forward",
+    "layers.*.self_attn.keys": "put together inside attention's forward",
     "layers.*.self_attn.q_r": "turned inside attention's forward",
     "layers.*.self_attn.k_r": "turned inside attention's forward",
 }
@@ -303,9 +307,10 @@ class Case(NamedTuple):
     alpha: float = 0.0
 
 
-_DENSE = {**_STEP, **_IN_ATTENTION, **_IN_FEED_FORWARD}
-_LATENT, _LATENT_NORM = {**_DENSE, **_IN_LATENTS}, {**_DENSE, **_IN_LATENTS, **_IN_LATENT_NORMS}
-_SPARSE = {**_STEP, **_IN_ATTENTION, **_IN_EXPERTS}
+_DENSE = {**_STEP, **_IN_ATTENTION, **_IN_HEADS, **_IN_FEED_FORWARD}
+_LATENT = {**_STEP, **_IN_ATTENTION, **_IN_LATENTS, **_IN_FEED_FORWARD}
+_LATENT_NORM = {**_LATENT, **_IN_LATENT_NORMS}
+_SPARSE = {**_STEP, **_IN_ATTENTION, **_IN_HEADS, **_IN_EXPERTS}
 CASES = {
     "llama": Case("hf-llama", llama, GQA, _DENSE),
     "llama_tied": Case("hf-llama", llama, {**GQA, "tie_word_embeddings": True}, _DENSE),
@@ -352,7 +357,8 @@ def _their_step(case: Case, model: torch.nn.Module, path: Path, dtype: str, toke
         losses = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="none")
         loss = recorder.note("cross_entropy", recorder.note("token_losses", losses.view(targets.shape)).mean())
         if case.alpha:
-            loss = recorder.note("loss", loss + case.alpha * write_moe.balance_loss(out.router_logits, case.sizes))
+            loss = loss + case.alpha * write_moe.balance_loss(out.router_logits, case.sizes)
+        loss = recorder.note("loss", loss)
         loss.backward()
         recorder.gradients(model.named_parameters())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)

@@ -141,8 +141,8 @@ class Twin(Mambas):
         )
         q_r = self.note(f"{at}.q_r", self.rope(self.linear(f"{at}.w_qr", x).unflatten(-1, (H, -1))))
         k_r = self.note(f"{at}.k_r", self.rope(self.linear(f"{at}.w_kr", x).unsqueeze(2)))
-        q = self.note(f"{at}.q", torch.cat([q, q_r], dim=-1))
-        k = self.note(f"{at}.k", torch.cat([k, k_r.expand(-1, -1, H, -1)], dim=-1))
+        q = self.note(f"{at}.queries", torch.cat([q, q_r], dim=-1))
+        k = self.note(f"{at}.keys", torch.cat([k, k_r.expand(-1, -1, H, -1)], dim=-1))
         return self.linear(f"{at}.o_proj", self.attention(at, q, k, v).flatten(-2))
 
     def attention(self, at: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
