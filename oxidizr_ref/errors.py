@@ -60,3 +60,9 @@ class TraceError(OxidizrError):
     """A trace cannot be read, or cannot be compared with the other one."""
 
     exit_code = 2
+
+
+class TraceWriteError(TraceError):
+    """A trace could not be written: the disk refused."""
+
+    exit_code = 1

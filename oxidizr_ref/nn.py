@@ -168,7 +168,7 @@ class Embedding(Module):
     def __call__(self, ids: Array) -> Tensor:
         """ids: int ``[...]``. Returns ``[..., width]``. Raises DataError for an id outside the vocabulary."""
         check_ids(ids, self.weight.shape[0], "token")
-        return named("output", ops.lookup(self.weight, ids=ids))
+        return named("output", ops.lookup(self.weight, ids=ids), also=("tokens",))
 
 
 class RMSNorm(Module):

@@ -254,8 +254,8 @@ def test_floors_0_to_7_fit_within_4500_lines_of_code() -> None:
     assert sum(map(lines_of_code, on_the_way.values())) <= 4500
 
 
-def test_traces_fit_within_1700_lines_of_code() -> None:
-    assert sum(lines_of_code(path) for name, path in sources().items() if home(name) == "trace") <= 1700
+def test_traces_fit_within_1800_lines_of_code() -> None:
+    assert sum(lines_of_code(path) for name, path in sources().items() if home(name) == "trace") <= 1800
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.errors import TraceError
 from oxidizr_ref.trace import Record, Trace, TraceWriter
-from oxidizr_ref.trace.file import PIECE, pieces, role_of, sampled_indices
+from oxidizr_ref.trace.file import role_of
 from oxidizr_ref.trace.names import layer_of, meaning
+from oxidizr_ref.trace.writer import PIECE, pieces, sampled_indices
 
 Array = np.ndarray[Any, Any]
 
@@ -265,17 +266,11 @@ def test_layer_0_and_the_shape_of_a_single_number_are_not_taken_for_nothing(fold
     assert Trace(folder / "x").array("layers.0.a")[()] == 1.5
 
 
-# Strict: when names.py knows such names, these marks must go.
-no_such_names = pytest.mark.xfail(
-    raises=TypeError, strict=True, reason="names.layer_of knows no empty name and no line break"
-)
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("", marks=no_such_names),
-        pytest.param("a\nb", marks=no_such_names),
+        "",
+        "a\nb",
         " ",
         "\0",
         "\r",

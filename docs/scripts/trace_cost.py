@@ -30,8 +30,8 @@ def step(model: str, changes: list[str], recorded: bool) -> None:
     from oxidizr_ref.config import load_config
     from oxidizr_ref.fused.register import reference
     from oxidizr_ref.model import LanguageModel
-    from oxidizr_ref.trace.file import TraceWriter
     from oxidizr_ref.trace.recorder import Recorder
+    from oxidizr_ref.trace.writer import TraceWriter
     from oxidizr_ref.trainer import Trainer
     from oxidizr_ref.watch import watched
 

@@ -73,6 +73,8 @@ def record(
     strange = [word for word in chosen if word not in WHAT]
     if strange or not chosen:
         raise UsageError(f"--what {what}: expected some of {', '.join(WHAT)}, separated by commas")
+    if output.is_dir():
+        raise UsageError(f"-o {output}: is a directory; name a file in it")
     loaded = load_config(config, overrides or [], flags)
     record_trace(
         loaded,
@@ -106,9 +108,10 @@ def _numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
             raise UsageError(f"--layers {text}: expected numbers and ranges, such as 0,3-5")
-        numbers += range(int(first), int(last if dash else first) + 1)
+        numbers += range(int(first), int(last) + 1)
     return numbers
 
 

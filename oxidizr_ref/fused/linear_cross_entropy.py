@@ -24,7 +24,7 @@ def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Array, div
     """The same, composed from primitives."""
     logits = named("logits", ops.matmul(hidden, ops.swapaxes(weight, 0, 1)))
     picked = ops.take_along(ops.log_softmax(logits, axis=-1), ids=targets[..., None])
-    losses = named("token_losses", -picked.reshape(*targets.shape))
+    losses = named("token_losses", -picked.reshape(*targets.shape), also=("targets",))
     return losses.sum() / divisor
 
 

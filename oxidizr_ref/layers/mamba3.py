@@ -83,10 +83,9 @@ class Mamba3(Module):
     def __call__(self, u: Tensor) -> Tensor:
         """u: ``[B,T,D]``. Returns ``[B,T,D]``."""
         p = self._project(u, None)
-        diagonal = p.trap * p.dt  # γ_t
+        diagonal = named("diagonal", p.trap * p.dt)  # γ_t
         late = (1.0 - p.trap) * p.dt  # what enters a step late: (1-λ_{t+1}) dt_{t+1}, nothing after the last token
-        inflow = diagonal + ops.pad(late[:, 1:], widths=((0, 0), (0, 1), (0, 0)))
-        diagonal, inflow = named("diagonal", diagonal), named("inflow", inflow)
+        inflow = named("inflow", diagonal + ops.pad(late[:, 1:], widths=((0, 0), (0, 1), (0, 0))))
         phi = named("phi", running_angle(p.dt, p.angle))
         x = named("x", _by_rank(p.x, self.mimo_x))
         y = mamba3_scan(x, p.a, inflow, diagonal, p.B, p.C, self.B_bias, self.C_bias, phi, self.D, self.chunk)

@@ -5,9 +5,10 @@
 """
 
 from oxidizr_ref.trace.compare import Comparison, compare
-from oxidizr_ref.trace.file import Record, Trace, TraceWriter
+from oxidizr_ref.trace.file import Record, Trace
 from oxidizr_ref.trace.record import record
 from oxidizr_ref.trace.report import report
 from oxidizr_ref.trace.torch_recorder import TorchRecorder
+from oxidizr_ref.trace.writer import TraceWriter
 
 __all__ = ["Comparison", "Record", "TorchRecorder", "Trace", "TraceWriter", "compare", "record", "report"]

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from oxidizr_ref.backend import Array, to_host
-from oxidizr_ref.trace.file import PIECE, Record, Trace, TraceWriter
+from oxidizr_ref.trace.file import Record, Trace
 from oxidizr_ref.trace.measure import Distance, Measuring, paired
 from oxidizr_ref.trace.names import TOP_K
 from oxidizr_ref.trace.precision import EPS, Probe, probes
 from oxidizr_ref.trace.record import recorded, repeat
+from oxidizr_ref.trace.writer import PIECE, TraceWriter
 
 #: How much further than the probes another correct program may be. See docs/decisions/2026-11-26-error-budgets.md.
 MARGIN = 16.0

@@ -22,7 +22,7 @@ from oxidizr_ref.trace.budget import Budget, budgets, is_angle
 from oxidizr_ref.trace.file import HostArray, Record, Trace, role_of
 from oxidizr_ref.trace.mapping import Mapped, NameMap, load_map
 from oxidizr_ref.trace.measure import Distance, distance
-from oxidizr_ref.trace.names import TOP_K, layer_of, meaning, parse
+from oxidizr_ref.trace.names import TOP_K, layer_of, meaning, nearest, parse
 from oxidizr_ref.trace.precision import PRECISIONS
 from oxidizr_ref.trace.torch_recorder import as_numpy
 
@@ -267,17 +267,8 @@ class _Comparing:
 
     def _nearest(self, record: Record) -> tuple[str, ...]:
         """The inputs that were compared; in place of one that was not, those it was computed from."""
-        found: dict[str, None] = {}
-        stack, seen = list(record.inputs)[::-1], set[str]()
-        while stack:
-            name = stack.pop()
-            if name in self.found:
-                found[name] = None
-            elif name not in seen:
-                seen.add(name)
-                known = self.reference.records.get(name)
-                stack.extend(reversed(known.inputs if known else ()))
-        return tuple(found)
+        records = self.reference.records
+        return nearest(record.inputs, self.found, lambda name: records[name].inputs if name in records else ())
 
     def _verdict(
         self,

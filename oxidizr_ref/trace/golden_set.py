@@ -17,6 +17,7 @@ import numpy as np
 
 from oxidizr_ref import rng
 from oxidizr_ref.config import bundled_config_names, canonical_json, load_config
+from oxidizr_ref.errors import TraceError
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.trace.file import Trace
@@ -61,8 +62,11 @@ def lively_weights(model: LanguageModel, seed: int = 0) -> dict[str, np.ndarray[
 
 
 def make(directory: Path, names: Iterable[str]) -> Iterator[Made]:
-    """Write these files of the set to ``directory``, one after the other."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write these files of the set to ``directory``, one after the other. Raises TraceError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TraceError(f"{directory}: cannot be made a directory ({error.strerror}); choose another place") from error
     for name in names:
         model, dtype = CASES[name]
         config = load_config(model, [*SIZES, f"model.dtype={dtype}"])

@@ -127,6 +127,7 @@ class Measuring:
             median, usual = (float(np.median(column)) if column.size else 0.0 for column in columns)
         ab, aa, bb = (_total(column) for column in zip(*(self.products or [(0.0, 0.0, 0.0)]), strict=True))
         zero = aa == 0.0 or bb == 0.0
+        cosine = (1.0 if aa == bb else 0.0) if zero else ab / math.sqrt(aa) / math.sqrt(bb)
         return Distance(
             max_abs=self.max_abs,
             max_rel=self.max_abs / self.scale if self.scale else math.inf if self.max_abs else 0.0,
@@ -134,7 +135,7 @@ class Measuring:
             scale=self.scale,
             usual=usual,
             max_ulp=self.max_ulp,
-            cosine=(1.0 if aa == bb else 0.0) if zero else ab / math.sqrt(aa) / math.sqrt(bb),
+            cosine=float(np.clip(cosine, -1.0, 1.0)),  # beyond: by rounding, or where squares all but vanish
             factor=ab / aa if aa else 1.0,
             nans=self.nans,
             where=self.where,

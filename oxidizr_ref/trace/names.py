@@ -8,10 +8,11 @@ to the first step, what has no ``micro.`` to its first (usually only) micro-batc
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Container, Iterable
 from typing import NamedTuple
 
-_PREFIX = re.compile(r"(?:step\.([1-9][0-9]*)\.)?(?:micro\.([1-9][0-9]*)\.)?(.+)")
-_LAYER = re.compile(r"(?:optimizer\.[a-z_]+\.)?layers\.([0-9]+)\.")
+_PREFIX = re.compile(r"(?:step\.([1-9][0-9]{0,9})\.)?(?:micro\.([1-9][0-9]{0,9})\.)?(.*)", re.DOTALL)
+_LAYER = re.compile(r"(?:optimizer\.[a-z_]+\.)?layers\.([0-9]{1,9})\.")
 _ENDS = (".grad.clipped", ".grad", ".after")
 
 
@@ -34,8 +35,7 @@ class Name(NamedTuple):
 def parse(name: str) -> Name:
     """The parts of a name; ``step.1.`` and ``micro.1.`` may be written out."""
     match = _PREFIX.fullmatch(name)
-    if match is None:
-        return Name(1, 1, name, "")
+    assert match is not None  # whatever is no prefix is the rest
     step, micro, rest = int(match[1] or 1), int(match[2] or 1), match[3]
     if rest.startswith("optimizer.") and rest.count(".") >= 2:
         _, slot, path = rest.split(".", 2)
@@ -48,6 +48,20 @@ def layer_of(name: str) -> int | None:
     """The layer a name belongs to; None for what is before, behind or above all layers."""
     match = _LAYER.match(_PREFIX.fullmatch(name)[3])  # type: ignore[index]
     return int(match[1]) if match else None
+
+
+def nearest(names: Iterable[str], present: Container[str], inputs_of: Callable[[str], Iterable[str]]) -> tuple[str, ...]:
+    """These names, each that is not present replaced by what it was computed from, and that likewise."""
+    found: dict[str, None] = {}
+    stack, seen = list(names)[::-1], set[str]()
+    while stack:
+        name = stack.pop()
+        if name in present:
+            found[name] = None
+        elif name not in seen:
+            seen.add(name)
+            stack.extend(reversed(list(inputs_of(name))))
+    return tuple(found)
 
 
 class Meaning(NamedTuple):

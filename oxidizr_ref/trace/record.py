@@ -17,10 +17,11 @@ from oxidizr_ref.errors import DataError, TraceError
 from oxidizr_ref.fused.register import reference
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.tokenizers import get_tokenizer
-from oxidizr_ref.trace.file import Trace, TraceWriter
+from oxidizr_ref.trace.file import Trace
 from oxidizr_ref.trace.names import TOP_K, parse
 from oxidizr_ref.trace.precision import Probe
 from oxidizr_ref.trace.recorder import WHAT, Recorder, Sink
+from oxidizr_ref.trace.writer import TraceWriter
 from oxidizr_ref.trainer import Trainer
 from oxidizr_ref.version import NUMERICS_VERSION
 from oxidizr_ref.watch import watched
@@ -42,22 +43,25 @@ def record(
 ) -> None:
     """Do the first ``steps`` training steps of a config and write every named value of them to ``path``.
 
-    batches: what to compute, (tokens, targets), int ``[B,T]`` each, ``gradient_accumulation`` of them a step (the last ones
-    again and again where they are too few); default: what training reads. weights: what to begin with; default: the
-    config's first weights. what, layers: see `Recorder`. sample: keep so many numbers of every larger array. fused: of the
-    fast operations instead of their references; what is inside them then has no names.
+    batches: what to compute, (tokens, targets), int ``[B,T]`` each, ``gradient_accumulation`` of them a step (a single one
+    is a whole step; the last ones come again where they are too few); default: what training reads. weights: what to begin
+    with; default: the config's first weights. what, layers: see `Recorder`. sample: keep so many numbers of every larger
+    array. fused: of the fast operations instead of their references; what is inside them then has no names.
 
     Raises ConfigError, DataError, TraceError or TrainingError.
     """
     if layers is not None and (outside := [n for n in layers if not 0 <= n < config.model.num_layers]):
         raise TraceError(f"layer {outside[0]}: the model has layers 0 to {config.model.num_layers - 1}")
-    data = None if batches is None else _data_of(batches)
+    data, total_steps = None, None
     if batches is not None:
-        config = _shaped(config, batches)
+        if config.trainer.lr_schedule != "constant" and not config.trainer.max_steps:  # the data tells the run's length
+            total_steps = Trainer(config, LanguageModel(config.model, seed=None)).total_steps
+        config, data = _shaped(config, batches), _data_of(batches)
     model = LanguageModel(config.model, config.trainer.seed)
     if weights is not None:
         model.load_state_dict({name: weights[name] for name in model.state_dict() if name in weights})
     trainer = Trainer(config, model, data)
+    trainer.total_steps = total_steps or trainer.total_steps
     metadata = {
         "made_by": f"oxidizr_ref, numerics {NUMERICS_VERSION}",
         "config": canonical_json(config.canonical()),
@@ -131,10 +135,15 @@ def _batches_for(trainer: Trainer, batches: Sequence[Batch] | None) -> Iterator[
 
 
 def _shaped(config: Config, batches: Sequence[Batch]) -> Config:
-    """The config with the sizes of the batches, which are part of what a step computes."""
+    """The config with the sizes of the batches, which are part of what a step computes. A single batch is a whole step."""
+    if not batches:
+        raise DataError("there are no batches to record")
     (rows, length), accumulation = batches[0][0].shape, config.trainer.gradient_accumulation
-    if len(batches) % accumulation:
+    if len(batches) == 1:
         accumulation = 1
+    elif len(batches) % accumulation:
+        what = f"{len(batches)} batches are no whole number of steps"
+        raise DataError(f"{what} of trainer.gradient_accumulation = {accumulation}; give more, or --set it to 1")
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"max_seq_len": length}),
@@ -162,9 +171,11 @@ def read_batches(path: Path) -> list[Batch]:
     found: list[Batch] = []
     for name in names:
         other = name.replace("tokens", "targets")
-        tokens = _ids(trace, name)
-        targets = _ids(trace, other) if other in trace.records else tokens[..., 1:]
-        tokens = tokens[..., : targets.shape[-1]]
+        tokens = targets = _ids(trace, name)
+        if other in trace.records:
+            targets = _ids(trace, other)
+        elif tokens.ndim:
+            tokens, targets = tokens[..., :-1], tokens[..., 1:]
         if tokens.ndim not in (2, 3) or tokens.shape != targets.shape or not tokens.size:
             raise DataError(
                 f"{path}: {name} {list(tokens.shape)} and its targets {list(targets.shape)} are not [batch, time]"
@@ -185,8 +196,5 @@ def _ids(trace: Trace, name: str) -> np.ndarray[Any, Any]:
 def read_weights(path: Path) -> dict[str, Array]:
     """All floating-point arrays of a safetensors file by name: a checkpoint, a model, or a trace. Raises TraceError."""
     trace = Trace(path)
-    return {
-        name: trace.array(name)
-        for name, record in trace.records.items()
-        if record.role == "output" or record.role == "parameter"
-    }
+    found = {name: trace.array(name) for name, record in trace.records.items() if record.role in ("output", "parameter")}
+    return {name: array for name, array in found.items() if array.dtype.kind not in "iub"}

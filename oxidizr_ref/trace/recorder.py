@@ -7,7 +7,7 @@ wrong although its inputs are right.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from oxidizr_ref.backend import Array
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import Witness
 from oxidizr_ref.trace.file import Record, role_of
-from oxidizr_ref.trace.names import PARAMETER, layer_of, meaning, parse
+from oxidizr_ref.trace.names import PARAMETER, layer_of, meaning, nearest, parse
 from oxidizr_ref.trace.precision import Arithmetic
 from oxidizr_ref.watch import Part, Watcher
 
@@ -140,7 +140,7 @@ class Recorder(Watcher, Witness):
 
     def gradient(self, node: Any, dy: Array) -> Array:
         dy = self.arithmetic.gradient(node, dy)
-        for name, part in self._names.get(node, ()):
+        for name, part in reversed(self._names.get(node, [])):
             self._gradient_of(name, dy, part)
         return dy
 
@@ -177,14 +177,13 @@ class Recorder(Watcher, Witness):
         grads = {name: self._full(f"{name}.grad") for name in summed}
         norm_, factor, rate = (self._full(name) for name in ("grad_norm", "clip_factor", "learning_rate"))
         self._inputs |= {norm_: tuple(grads.values()), factor: (norm_,), rate: ()}
+        self._inputs |= {f"{grad}.clipped": (grad, factor) for grad in grads.values()}
         if "optimizer" not in self.what:
             return
         for name, number in ((norm_, norm), (factor, clip_factor), (rate, learning_rate)):
             self._pass(self._record(name), np.asarray(number))
         for name, array in summed.items():
-            clipped = grads[name] + ".clipped"
-            self._inputs[clipped] = grads[name], factor
-            self._pass(self._record(clipped), array, times=clip_factor)
+            self._pass(self._record(f"{grads[name]}.clipped"), array, times=clip_factor)
 
     def updated(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array]) -> None:
         step, rate = self._step, self._full("learning_rate")
@@ -206,21 +205,8 @@ class Recorder(Watcher, Witness):
     # --- passing on ---------------------------------------------------------------------------------------------------
 
     def _record(self, name: str) -> Record:
-        inputs = tuple(self._passed_on(self._inputs[name]))
+        inputs = nearest(self._inputs[name], self._passed, lambda other: self._inputs.get(other, ()))
         return Record(name, role_of(name), (), inputs, _op(name), layer_of(name))
-
-    def _passed_on(self, names: Iterable[str]) -> list[str]:
-        """These names, those that were not passed on replaced by what they were computed from."""
-        found: dict[str, None] = {}
-        stack, seen = list(names)[::-1], set[str]()
-        while stack:
-            name = stack.pop()
-            if name in self._passed:
-                found[name] = None
-            elif name not in seen:
-                seen.add(name)
-                stack.extend(reversed(self._inputs.get(name, ())))
-        return list(found)
 
     def _pass(self, record: Record, array: Array, part: Part | None = None, times: float = 1.0) -> None:
         always = record.role in ("input", "parameter")

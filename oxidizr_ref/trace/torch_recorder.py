@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from oxidizr_ref.trace.file import TraceWriter
+from oxidizr_ref.trace.writer import TraceWriter
 
 Named = Iterable[tuple[str, Any]]
 

@@ -1,0 +1,32 @@
+"""The page docs/what_a_trace_shows.md: oxidizr's Mamba2 is found wrong at the scan, and nothing else of it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra 'oracle'")
+
+SCRIPTS = Path(__file__).parents[2] / "docs" / "scripts"
+
+pytestmark = pytest.mark.oracle
+
+
+def without_digits(text: str) -> str:
+    """What another machine, which rounds otherwise, prints as well."""
+    text = re.sub(r"; \S+ uses most of it, .*", "", text)
+    return re.sub(r"-?[0-9.]+(?:e-?[0-9]+)?|\s+", " ", text)
+
+
+def test_the_page_is_what_its_script_finds_save_for_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+    import what_a_trace_shows
+
+    made = what_a_trace_shows.page()
+    assert without_digits(made) == without_digits(what_a_trace_shows.PAGE.read_text(encoding="utf-8"))
+    first = re.findall(r"DIFFERS first at (\S+) +\(layer 0\)\n  op +(\S+):", made)
+    assert first == [("layers.0.mamba2.mixer.y", "scan")] * 2
+    assert "agrees: every tensor is within its error budget" in made
