@@ -20,7 +20,7 @@ import architectures
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oxidizr_ref.config import Config, TrainerConfig
@@ -30,7 +30,7 @@ from oxidizr_ref.trace.budget import Budget, budgets
 from oxidizr_ref.trace.compare import AGREES, BEHIND_TIE, DIFFERS, NO_BUDGET, TIE, Compared
 from oxidizr_ref.trace.mapping import NameMap, load_map
 from oxidizr_ref.trace.measure import Distance
-from oxidizr_ref.trace.names import parse
+from oxidizr_ref.trace.names import TOP_K, parse
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -154,7 +154,7 @@ def test_a_trace_agrees_with_itself_and_with_its_arrays_in_memory(which: str, re
 
 
 def test_one_wrong_number_is_found_in_its_tensor_and_nothing_else_of_the_whole_is_accused(llama: Recorded) -> None:
-    for name in llama.names[::4]:
+    for name in llama.names[::7]:
         found = llama.compare(llama.changed([name]))
         assert found.first is not None and found.first.name == name
         assert found.origins == [found.first] and found.exit_code == 1
@@ -175,7 +175,7 @@ def test_one_wrong_number_in_any_tensor_is_found_there_among_what_it_came_from_a
 
 
 def test_what_follows_from_a_fault_is_not_taken_for_another(llama: Recorded) -> None:
-    for name in llama.names[1::4]:
+    for name in llama.names[1::7]:
         behind = llama.behind(name)
         found = llama.compare(llama.changed({name, *behind}))
         assert [origin.name for origin in found.origins] == [name]
@@ -585,6 +585,39 @@ def test_a_tie_is_known_in_a_sample_too(tied: Recorded, tmp_path: Path) -> None:
     assert found.tensors[IDS].verdict == TIE and found.exit_code == 3
 
 
+#: Of a token: its logits, and the experts that it goes to here and there, the first one or the first two of each.
+_TOKENS = st.tuples(
+    st.permutations([0.0, 1e-9, 2e-9]) | st.permutations([0.0, 1.0, 1.0 + 1e-9]) | st.permutations([0.0, 0.0, 1e-9]),
+    st.permutations(range(3)),
+    st.permutations(range(3)),
+)
+
+
+@given(st.lists(_TOKENS, min_size=1, max_size=3), st.integers(1, 2))
+@example([([0.0, 1.0, 2.0], [2, 1, 0], [2, 1, 0]), ([0.0, 2.0, 2.0 + 1e-9], [2, 1, 0], [1, 2, 0])], 1)
+@example([([0.0, 2.0, 2.0 + 1e-9], [2, 1, 0], [1, 2, 0]), ([0.0, 1.0, 2.0], [2, 1, 0], [1, 2, 0])], 2)
+def test_it_is_a_tie_if_that_is_so_for_every_token_that_went_elsewhere(
+    tmp_path_factory: pytest.TempPathFactory, tokens: list[tuple[list[float], list[int], list[int]]], k: int
+) -> None:
+    logits = [of_token for of_token, _, _ in tokens]
+    ours, theirs = (np.array([token[i][:k] for token in tokens]) for i in (1, 2))
+    path, gate = tmp_path_factory.mktemp("ids") / "ours.st", "router.gate.output"
+    with TraceWriter(path, "f64") as writer:
+        writer.add(gate, np.array(logits))
+        writer.add(Record("router.ids", "output", (), (gate,), TOP_K), ours)
+    granted = {gate: Budget(1e-9, 1e-9), "router.ids": Budget(0.0, 0.0)}
+    found = compare(path, {"router.ids": theirs}, granted=granted, precision="f64").tensors["router.ids"]
+    apart = [
+        abs(logits[token][a] - logits[token][b])
+        for token in range(len(logits))
+        for a, b in zip(ours[token], theirs[token], strict=True)
+        if a != b
+    ]
+    tie = all(0 < far <= 2e-9 for far in apart)
+    assert found.verdict == (AGREES if not apart else TIE if tie else DIFFERS)
+    path.unlink()
+
+
 # --- no budget --------------------------------------------------------------------------------------------------------
 
 
@@ -704,6 +737,13 @@ def test_the_table_has_the_wrong_tensors_or_all_of_them(llama: Recorded) -> None
     assert [line.split()[0] for line in short[-2:]] == ["logits", "loss"] and short[-3].startswith("tensor ")
     shown = {line.split()[0] for line in long if line}
     assert set(llama.names) <= shown
+
+
+def test_the_numbers_of_a_tensor_are_a_line_of_the_table_whatever_they_are(llama: Recorded) -> None:
+    names = [name for name in llama.names if len(name) > 34]
+    lines = report(llama.compare({name: llama.arrays[name] * -1.5e250 for name in names}), everything=True).split("\n")
+    rows = lines[next(i for i, line in enumerate(lines) if line.startswith("tensor ")) + 1 :]
+    assert rows[::2] == names and all(len(row.split()) == 5 and len(row) == WIDE for row in rows[1::2])
 
 
 def test_of_many_faults_a_dozen_are_shown_and_the_others_counted(hybrid: Recorded) -> None:

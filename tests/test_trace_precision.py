@@ -184,6 +184,17 @@ def test_every_other_result_and_gradient_is_shaken(name: str, dtype: str) -> Non
         assert np.abs(shaken - still).max() <= 0.2 * np.abs(still).max()
 
 
+@pytest.mark.parametrize("op", [ops.MatMul, ops.Sum, ops.CumSum, ops.Add, ops.Mul, ops.Exp, ops.Softmax, ops.Reshape])
+def test_terms_are_shaken_before_they_are_added_up(op: type) -> None:
+    """What another order of adding rounds away is of that size. Operands of other ops are shaken as results already."""
+    arrays = [np.ones((2, 3)), np.ones((3, 2))]
+    read = Shaken(2.0**-8, 1).operands(op(), arrays)
+    if op in (ops.MatMul, ops.Sum, ops.CumSum):
+        assert all((shaken != 1).any() for shaken in read) and all((array == 1).all() for array in arrays)
+    else:
+        assert read is arrays
+
+
 def test_of_tensor_cores_only_the_operands_of_products_are_rounded_in_both_directions() -> None:
     for name, op in {**COMPUTING, "sum": SUMMING["sum"], "cumsum": SUMMING["cumsum"]}.items():
         for rounded, plain in zip(computed(op, TensorFloat32()), computed(op, Arithmetic()), strict=True):
@@ -358,6 +369,22 @@ def test_a_budget_is_so_many_times_what_the_probes_are_off_and_some_units_in_the
         assert granted[name].largest == MARGIN * max(d.max_abs for d in of_probes) + LEAST * 2.0**-23 * scale
         assert granted[name].median == MARGIN * max(d.median for d in of_probes) + LEAST * 2.0**-23 * usual
     assert set(granted) == set(reference.records)
+
+
+def test_where_the_truth_is_zero_the_median_is_granted_as_much_as_the_largest(reference: Trace) -> None:
+    """Such as the gradient through the softmax of one score: plain it is 0, otherwise a rounding error."""
+    granted = made_of([{"x": far(1e-9)}, {"x": far(0.0)}], reference, "f32")
+    assert granted == {"x": Budget(MARGIN * 1e-9, MARGIN * 1e-9)}
+
+
+def test_where_the_fast_operations_are_judged_they_are_not_among_the_probes(
+    reference: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(budget, "distances", lambda _reference, ways: asked.append(any(way.fused for way in ways)) or [])
+    for fused in (True, False):
+        assert budgets(reference, "f32", fused=fused) == {}
+    assert asked == [True, False]
 
 
 def test_the_truth_of_a_float32_trace_is_computed_again_and_nothing_of_it_is_left(

@@ -75,6 +75,8 @@ def record(
         raise UsageError(f"--what {what}: expected some of {', '.join(WHAT)}, separated by commas")
     if output.is_dir():
         raise UsageError(f"-o {output}: is a directory; name a file in it")
+    if not output.parent.is_dir():
+        raise UsageError(f"-o {output}: there is no directory {output.parent}; make it first")
     loaded = load_config(config, overrides or [], flags)
     record_trace(
         loaded,

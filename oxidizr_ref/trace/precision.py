@@ -14,6 +14,7 @@ import numpy as np
 
 from oxidizr_ref import ops
 from oxidizr_ref.backend import STORAGE_DTYPES, Array, xp_of
+from oxidizr_ref.errors import TraceError
 
 #: Ops that move numbers and never round any.
 _MOVING = (ops.Reshape, ops.Transpose, ops.BroadcastTo, ops.GetItem, ops.Pad, ops.Concatenate, ops.Whole, ops.Part)
@@ -109,8 +110,10 @@ def probes(precision: str, fused: bool = True) -> list[Probe]:
     """Ways to do the same step in a precision, whose errors show what that precision allows. Fresh ones at every call.
 
     Without ``fused`` one more that is shaken stands in for the fused side: of a tensor of a single number, two errors may
-    both be small by chance.
+    both be small by chance. Raises TraceError where there is no such precision.
     """
+    if precision not in PRECISIONS:
+        raise TraceError(f"precision {precision}: expected one of {', '.join(PRECISIONS)}")
     if precision in ("f64", "f32"):
         unit = {"f64": 2.0**-52, "f32": 2.0**-23}[precision]
         other = Probe(precision, fused=True) if fused else Probe(precision, arithmetic=Shaken(unit, 3))

@@ -55,6 +55,7 @@ class TorchRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._waiting.clear()  # gradients that come later belong to nobody
         self._writer.__exit__(kind, error, trace)
 
     # --- values and their gradients -----------------------------------------------------------------------------------
@@ -85,10 +86,10 @@ class TorchRecorder:
         Returns ``tensor``.
         """
         name = self._full(self._rename(name))
-        self._write(name, tensor, part)
+        shape = self._write(name, tensor, part)
         if getattr(tensor, "requires_grad", False):
             key = name if part is None else f"{name}[{part[0]}]"
-            self._waiting[key] = tuple(tensor.shape), part
+            self._waiting[key] = shape, part
             tensor.register_hook(lambda gradient: self._arrived(name, key, gradient, part))
         return tensor
 
@@ -150,12 +151,14 @@ class TorchRecorder:
         step = f"step.{self._step}." if self._step > 1 else ""
         return f"{step}micro.{self._micro}.{name}" if self._micro > 1 else f"{step}{name}"
 
-    def _write(self, name: str, tensor: Any, part: tuple[int, int] | None = None) -> None:
+    def _write(self, name: str, tensor: Any, part: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Returns the shape of what is written."""
         array = as_numpy(tensor)
         if part is None:
             self._writer.add(name, array)
         else:
             self._writer.add_part(name, array, *part)
+        return tuple(array.shape)
 
 
 def as_numpy(tensor: Any) -> np.ndarray[Any, Any]:
