@@ -205,8 +205,8 @@ def test_the_c_program_wants_something_very_negative_where_a_score_must_not_be_s
     name = "layers.0.self_attn.masked_scores"
     for number, wrong in (
         (-1e30, []),
-        (-1.0000001e9, []),
-        (-1e9, [name]),
+        (-1e4, []),
+        (-9999.0, [name]),
         (0.0, [name]),
         (np.inf, [name]),
         (np.nan, [name]),

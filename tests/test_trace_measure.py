@@ -63,7 +63,7 @@ def naive_but_for_sums(pairs: Pairs, turns: bool = False, limit: float = INF) ->
 
 def naive_same(a: float, b: float) -> bool:
     """Whether two numbers, one of which is not finite, are as good as equal."""
-    return a == b or (a == -INF and b < MASKED)
+    return a == b or (a == -INF and b <= MASKED)
 
 
 def naive_apart(a: float, b: float, turns: bool) -> float:
@@ -99,7 +99,7 @@ def same(found: Distance, expected: Distance) -> bool:
 
 #: Numbers whose squares neither overflow nor vanish, and those that need a word.
 _TAME = st.floats(-1e100, 1e100).filter(lambda x: x == 0 or abs(x) > 1e-100)
-_ODD = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, -1e9, -1e10, -1e8, 2 * math.pi, -7.0])
+_ODD = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, -1e4, -1e10, -9999.0, 2 * math.pi, -7.0])
 
 
 @st.composite
@@ -176,7 +176,7 @@ def test_nothing_at_all_is_no_distance_apart() -> None:
 
 # --- numbers that need a word -----------------------------------------------------------------------------------------
 
-_BELOW, _ABOVE = float(np.nextafter(MASKED, -INF)), float(np.nextafter(MASKED, INF))
+_BELOW, _ABOVE = MASKED, float(np.nextafter(MASKED, INF))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype
 from oxidizr_ref.config import Config, TrainerConfig
 from oxidizr_ref.errors import TraceError
 from oxidizr_ref.trace import Trace, TraceWriter, budget, compare, record, report
-from oxidizr_ref.trace.budget import LEAST, MARGIN, Budget, budgets, distances
+from oxidizr_ref.trace.budget import LEAST, Budget, budgets, distances, margin_of
 from oxidizr_ref.trace.measure import Distance
 from oxidizr_ref.trace.precision import EPS, PRECISIONS, Arithmetic, Rounded, Shaken, TensorFloat32, probes
 from oxidizr_ref.watch import Watcher, watched
@@ -366,15 +366,16 @@ def test_a_budget_is_so_many_times_what_the_probes_are_off_and_some_units_in_the
         of_probes = [of_probe[name] for of_probe in measured["f32"] if name in of_probe]
         scale, usual = of_probes[0].scale, of_probes[0].usual
         assert scale == np.abs(reference.array(name)).max()
-        assert granted[name].largest == MARGIN * max(d.max_abs for d in of_probes) + LEAST * 2.0**-23 * scale
-        assert granted[name].median == MARGIN * max(d.median for d in of_probes) + LEAST * 2.0**-23 * usual
+        margin = margin_of(reference.array(name).size)
+        assert granted[name].largest == margin * max(d.max_abs for d in of_probes) + LEAST * 2.0**-23 * scale
+        assert granted[name].median == margin * max(d.median for d in of_probes) + LEAST * 2.0**-23 * usual
     assert set(granted) == set(reference.records)
 
 
 def test_where_the_truth_is_zero_the_median_is_granted_as_much_as_the_largest(reference: Trace) -> None:
     """Such as the gradient through the softmax of one score: plain it is 0, otherwise a rounding error."""
     granted = made_of([{"x": far(1e-9)}, {"x": far(0.0)}], reference, "f32")
-    assert granted == {"x": Budget(MARGIN * 1e-9, MARGIN * 1e-9)}
+    assert granted == {"x": Budget(margin_of(0) * 1e-9, margin_of(0) * 1e-9)}
 
 
 def test_where_the_fast_operations_are_judged_they_are_not_among_the_probes(

@@ -34,7 +34,7 @@ static void attend(float *masked, float *probs, float *context, const float *q, 
         float score = 0;
         for (size_t i = 0; i < P; i++)
             score += q[i] * k[s * k_stride + i];
-        masked[s] = s <= t ? score / sqrtf((float)P) : -1e30f; /* -INFINITY or anything below -1e9 */
+        masked[s] = s <= t ? score / sqrtf((float)P) : -1e30f; /* -INFINITY, or -1e4 or less */
         top = fmaxf(top, masked[s]);
     }
     for (size_t s = 0; s < T; s++) {

@@ -2,7 +2,7 @@
 
 Nobody can say beforehand what float32 does to the gradient of a decay rate. So the steps are done again in the precision in
 question, in some ways that are all correct (`precision.probes`), and each tensor's largest and median distance from float64
-are what that precision costs. A budget is `MARGIN` times that, and never below some units in the last place.
+are what that precision costs. A budget is many times that (`margin_of`), and never below some units in the last place.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from oxidizr_ref.trace.writer import PIECE, TraceWriter
 
 #: How much further than the probes another correct program may be. See docs/decisions/2026-11-26-error-budgets.md.
 MARGIN = 16.0
+#: With few numbers the errors of all probes may be small by luck: of n numbers, the margin is 1 + LUCK/n times as much.
+LUCK = 5.0
 #: Units in the last place of an array's largest (and median) number that are always granted.
 LEAST = 4.0
 
@@ -118,6 +120,11 @@ def _truth(reference: Trace) -> Iterator[Trace]:
         yield Trace(path)
 
 
+def margin_of(size: int) -> float:
+    """How many times the largest error of the probes is granted to a tensor of ``size`` numbers."""
+    return MARGIN * (1 + LUCK / max(1, size))
+
+
 def budgets(reference: Trace, precision: str, fused: bool = True) -> dict[str, Budget]:
     """What is granted to each tensor of a trace that is compared with one computed in ``precision``. fused: our own fast
     operations are among the correct ways (but not where they are what is judged).
@@ -133,8 +140,9 @@ def budgets(reference: Trace, precision: str, fused: bool = True) -> dict[str, B
             of_probes = [of_probe[name] for of_probe in found if name in of_probe]
             scale, usual = of_probes[0].scale, of_probes[0].usual
             before = granted.get(name, Budget(0.0, 0.0))
-            largest = MARGIN * max(d.max_abs for d in of_probes) + LEAST * EPS[kind] * scale
-            median = MARGIN * max(d.median for d in of_probes) + LEAST * EPS[kind] * usual
+            margin = margin_of(of_probes[0].size)
+            largest = margin * max(d.max_abs for d in of_probes) + LEAST * EPS[kind] * scale
+            median = margin * max(d.median for d in of_probes) + LEAST * EPS[kind] * usual
             # Where most numbers are zero, so is the median, which then says nothing.
             granted[name] = Budget(before.largest + largest, before.median + (median or largest))
     return granted

@@ -298,7 +298,8 @@ class _Comparing:
         where: where a and b stand in the whole, if they are a sample.
         """
         logits_name = next((name for name in record.inputs if name in self.reference.records), None)
-        granted = self.granted.get(logits_name or "")
+        compared = self.found.get(logits_name or "")
+        granted = compared.budget if compared is not None else self.granted.get(logits_name or "")
         if logits_name is None or granted is None or self.reference.indices(logits_name) is not None:
             return False
         logits = self.reference.array(logits_name).reshape(-1, self.reference.records[logits_name].shape[-1])

@@ -13,8 +13,8 @@ from oxidizr_ref.checkpoint.difference import ulp_distance
 
 HostArray = np.ndarray[Any, Any]
 
-#: Where we have -inf, masked, anything below this is as good: programs differ in what they mask with.
-MASKED = -1e9
+#: Where we have -inf, masked, anything down from this is as good: programs mask with -1e9, or in f16 with -65504.
+MASKED = -1e4
 #: Of how many numbers of an array, evenly spread, the median is taken.
 MEDIAN_OF = 1 << 16
 
@@ -90,7 +90,7 @@ class Measuring:
             apart = np.where(np.isinf(apart), apart, np.abs(apart - 2 * math.pi * np.round(apart / (2 * math.pi))))
         finite = np.isfinite(a) & np.isfinite(b)
         if not finite.all():
-            alike = (a == b) | (np.isneginf(a) & (b < MASKED))
+            alike = (a == b) | (np.isneginf(a) & (b <= MASKED))
             self.nans += int(np.count_nonzero(~finite & ~alike))
             apart[~finite] = np.where(alike, 0.0, np.inf)[~finite]
             a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)

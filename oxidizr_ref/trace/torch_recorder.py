@@ -121,8 +121,7 @@ class TorchRecorder:
         self._waiting.clear()
         self._micro = 1
         for name, parameter in named:
-            gradient = parameter.grad if parameter.grad is not None else np.zeros(tuple(parameter.shape))
-            self._write(self._full(f"{self._rename(name)}.grad"), gradient)
+            self._write(self._full(f"{self._rename(name)}.grad"), _gradient_of(parameter))
 
     def clipped(self, named: Named, norm: Any = None, factor: Any = None, learning_rate: Any = None) -> None:
         """The gradients as the optimizer is to see them; their norm before clipping, their factor, the optimizer's rate."""
@@ -131,8 +130,7 @@ class TorchRecorder:
             if number is not None:
                 self._write(self._full(name), number)
         for name, parameter in named:
-            if parameter.grad is not None:
-                self._write(self._full(f"{self._rename(name)}.grad.clipped"), parameter.grad)
+            self._write(self._full(f"{self._rename(name)}.grad.clipped"), _gradient_of(parameter))
 
     def updated(self, named: Named, optimizer: Any = None) -> None:
         """The parameters after the step, and what the optimizer keeps of each."""
@@ -159,6 +157,10 @@ class TorchRecorder:
         else:
             self._writer.add_part(name, array, *part)
         return tuple(array.shape)
+
+
+def _gradient_of(parameter: Any) -> Any:
+    return parameter.grad if parameter.grad is not None else np.zeros(tuple(parameter.shape))
 
 
 def as_numpy(tensor: Any) -> np.ndarray[Any, Any]:
