@@ -19,21 +19,18 @@ def main(models: int) -> None:
     """Measure and print."""
     from oracle.test_trace_faults import of_a_correct_twin
 
-    from oxidizr_ref.trace.budget import LUCK, MARGIN, margin_of
-
     used: dict[str, list[tuple[float, str]]] = {"f64": [], "f32": []}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(models):
             for precision, found in of_a_correct_twin(seed, Path(name)).items():
                 used[precision] += [
-                    (one.used * margin_of(one.distance.size), f"{one.name} {list(one.record.shape)} of model {seed}")
-                    for one in found.tensors.values()
+                    (one.used, f"`{one.name}` {list(one.record.shape)} of model {seed}") for one in found.tensors.values()
                 ]
-    print(f"{models} models; error over the largest error of the probes (granted: {MARGIN:g} (1 + {LUCK:g}/n))\n")
+    print(f"{models} models; the share of its error budget that each tensor of a right program uses up\n")
     print("| precision | tensors | median | 99% | 99.99% | largest | where |\n|---|---|---|---|---|---|---|")
     for precision, pairs in used.items():
         shares = np.array([share for share, _ in pairs])
-        quantiles = " | ".join(f"{np.quantile(shares, q):.2f}" for q in (0.5, 0.99, 0.9999, 1.0))
+        quantiles = " | ".join(f"{np.quantile(shares, q):.1%}" for q in (0.5, 0.99, 0.9999, 1.0))
         print(f"| {precision} | {len(pairs):,} | {quantiles} | {max(pairs)[1]} |")
 
 
