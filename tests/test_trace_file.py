@@ -9,8 +9,10 @@ import json
 import os
 import re
 import struct
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -885,3 +887,14 @@ def test_an_open_trace_is_not_changed_by_a_new_file_of_its_name_nor_can_it_be_wr
     assert list(Trace(folder / "x").records) == ["b"]
     with pytest.raises(ValueError, match="read-only"):
         trace.array("a")[0] = 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_that_writes_ends_with_the_writer(tmp_path: Path, fails: bool) -> None:
+    with suppress(ZeroDivisionError), TraceWriter(tmp_path / "x", "f32") as writer:
+        writer.add("a", np.ones(3))
+        assert "trace" in {thread.name for thread in threading.enumerate()}
+        if fails:
+            raise ZeroDivisionError
+    assert "trace" not in {thread.name for thread in threading.enumerate()}
+    assert (tmp_path / "x").exists() is not fails

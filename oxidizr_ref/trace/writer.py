@@ -1,7 +1,8 @@
 """Writing a trace: array by array, streaming to the disk.
 
-Every array goes there as it comes, a piece at a time, and nothing is kept. The header, which stands first, is known last; so
-room is left for it, and if that was too little the payload moves.
+Every array goes there as it comes, a piece at a time, and nothing is kept but a few pieces that wait for the disk: a thread
+writes them while the step goes on. The header, which stands first, is known last; so room is left for it, and if that was
+too little the payload moves.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import queue
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +34,8 @@ from oxidizr_ref.trace.names import layer_of, meaning
 
 #: Elements of a piece: 2 MiB in float32.
 PIECE = 1 << 19
+#: Pieces that may wait for the disk: 32 MiB in float64.
+WAITING = 8
 _ALIGNMENT = 64
 #: What the format keeps for itself, and halves of surrogate pairs, which no reader takes.
 _NO_NAMES = re.compile("__metadata__$|sample\\.[0-9]+$|.*[\ud800-\udfff]", re.DOTALL)
@@ -45,6 +50,39 @@ class _Open:
     offset: int
     shas: dict[int, bytes] = field(default_factory=dict)  # of the parts
     values: HostArray | None = None  # the sample
+
+
+class _Behind:
+    """A thread that writes to a file what it is handed, at most `WAITING` pieces behind whoever hands it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting: queue.Queue[tuple[bytes, int] | None] = queue.Queue(WAITING)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Have it written. Raises what went wrong with something before it."""
+        if self._error is not None:
+            raise self._error
+        self._waiting.put((data, offset))
+
+    def end(self) -> None:
+        """Wait until all is written; may be called again. Raises what went wrong with something."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._error is None:  # else it is only taken away, so that nobody waits for ever
+                try:
+                    disk.write_at(self._descriptor, *item)
+                except BaseException as error:  # whatever it is, it belongs to whoever writes
+                    self._error = error
 
 
 class TraceWriter:
@@ -72,17 +110,22 @@ class TraceWriter:
         with self._disk():
             self._file = disk.new_file(self.path, disk.temporary_of(self.path))
             self._descriptor = self._file.__enter__()
+        self._behind = _Behind(self._descriptor)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        failure = error
         with self._disk():
             if kind is None:
                 try:
                     self._finish()
-                except BaseException as failure:
-                    self._file.__exit__(type(failure), failure, None)
-                    raise
-            self._file.__exit__(kind, error, trace)
+                except BaseException as of_the_end:
+                    failure = of_the_end
+            with suppress(BaseException):  # told already, or not to hide what went wrong first
+                self._behind.end()
+            self._file.__exit__(None if failure is None else type(failure), failure, trace)
+            if failure is not error and failure is not None:
+                raise failure
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -186,8 +229,10 @@ class TraceWriter:
         opened.values[first:last] = flat[where[first:last] - start]
 
     def _write(self, array: HostArray, offset: int) -> None:
+        flat = array.reshape(-1)
         with self._disk():
-            disk.write_at(self._descriptor, array.reshape(-1).view(np.uint8).data, self._start + offset)
+            for i in range(0, flat.size, PIECE):
+                self._behind.write(flat[i : i + PIECE].tobytes(), self._start + offset + i * flat.itemsize)
 
     def _finish(self) -> None:
         for name, opened in self._open.items():
@@ -197,6 +242,7 @@ class TraceWriter:
                 digests = [opened.shas.get(at, zeros) for at in range(opened.record.shape[0])]
                 sha = hashlib.sha256(b"".join(digests)).hexdigest()
                 self._records[name] = replace(self._records[name], digest=sha, parts=len(digests))
+        self._behind.end()
         header: dict[str, Any] = {
             name: {
                 "dtype": DTYPE_NAMES[dtype],
