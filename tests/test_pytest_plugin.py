@@ -86,7 +86,7 @@ def test_tests_that_do_not_want_the_fixture_run_with_or_without_a_trace(pytester
 
 def test_a_file_that_is_no_trace_is_an_error_that_names_it(pytester: pytest.Pytester) -> None:
     counts, out = outcome(pytester, OUTSIDE.replace("SCALE", "1"), "--oxidizr-trace", "no-such-file")
-    assert counts == {"failed": 1} and "no-such-file: is not a trace" in out
+    assert counts == {"failed": 1} and "no-such-file: no such file" in out
 
 
 def test_a_map_translates_the_names_that_are_handed_in(pytester: pytest.Pytester, trace: Path, tmp_path: Path) -> None:

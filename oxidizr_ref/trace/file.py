@@ -89,6 +89,8 @@ class Trace:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
             with self.path.open("rb") as opened:
                 self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last view is gone
+        except FileNotFoundError as error:
+            raise TraceError(f"{self.path}: no such file") from error
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise TraceError(f"{self.path}: is not a trace ({' '.join(str(error).split())})") from error
         (length,) = struct.unpack("<Q", self._memory[:8])
