@@ -726,7 +726,7 @@ def test_what_is_no_batch_is_refused(tensors: dict[str, Array], why: str, tmp_pa
 
 
 def test_a_file_that_is_none_holds_no_batches(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="is not a trace"):
+    with pytest.raises(TraceError, match="no such file"):
         read_batches(tmp_path / "absent")
 
 
@@ -776,7 +776,7 @@ def test_weights_in_other_dtypes_are_rounded_to_the_config_s(tmp_path: Path) -> 
 def test_weights_are_all_arrays_of_floating_point_numbers_and_no_others(tmp_path: Path) -> None:
     saved(tmp_path / "x", a=np.zeros(2, np.float16), b=np.zeros(2, bool), c__grad=np.zeros(2), d=np.zeros(2, np.int32))
     assert list(read_weights(tmp_path / "x")) == ["a"]
-    with pytest.raises(TraceError, match="is not a trace"):
+    with pytest.raises(TraceError, match="no such file"):
         read_weights(tmp_path / "absent")
 
 
