@@ -128,6 +128,8 @@ class Tensor:
                 else:
                     waiting[parent] = waiting[parent] + dx if parent in waiting else dx
             node.free()
+        if watcher is not None:
+            watcher.walked()
 
 
 class Function:

@@ -197,7 +197,7 @@ class Trainer:
 
     def _train(self, signals: Signals, began: float) -> None:
         """Step after step, until the last one, a signal or the time limit; then save what is not saved."""
-        with self._batches() as batches:
+        with self.batches() as batches:
             while self.step < self.total_steps and signals.stop is None and not self._time_is_up(began):
                 started = time.perf_counter()
                 try:
@@ -297,7 +297,8 @@ class Trainer:
         coming = [*range(self.step - self.step % every + every, self.total_steps, every), self.total_steps]
         return self.store.most_bytes_more(self.file_size, coming)
 
-    def _batches(self) -> BatchLoader:
+    def batches(self) -> BatchLoader:
+        """The batches that training reads from here on, without end."""
         return BatchLoader(self.windows, self.cursor, self.config.trainer.batch_size, self.options.prefetch)
 
     # --- where it starts ----------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ class Watcher:
         """The whole gradient of an op's result, before it goes on to the op's operands."""
         return dy
 
+    def walked(self) -> None:
+        """The backward pass is over."""
+
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 

@@ -44,6 +44,7 @@ FLOORS: dict[str, int | str] = {
     "nn": 4,
     "layers": 5,
     "model": 6,
+    "bench": 7,
     "memory": 7,
     "run": 7,
     "sampling": 7,

@@ -8,6 +8,7 @@ import traceback
 import typer
 from typer.exceptions import TyperException
 
+from oxidizr_ref.cli.bench import bench
 from oxidizr_ref.cli.diff import diff
 from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.selftest import selftest
@@ -31,6 +32,7 @@ app.command()(train)
 app.command()(inspect)
 app.command()(verify)
 app.command()(diff)
+app.command()(bench)
 app.command()(selftest)
 app.add_typer(trace, name="trace")
 

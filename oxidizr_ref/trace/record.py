@@ -123,11 +123,8 @@ def _do(trainer: Trainer, recorder: Recorder, batches: Iterator[Batch], steps: i
 
 def _batches_for(trainer: Trainer, batches: Sequence[Batch] | None) -> Iterator[Batch]:
     if batches is None:
-        size = trainer.config.trainer.batch_size
-        cursor = 0
-        while True:
-            yield trainer.windows.batch(cursor, size)
-            cursor += size
+        yield from trainer.batches()
+        return
     yield from batches
     again = list(batches[-trainer.config.trainer.gradient_accumulation :])
     while True:
