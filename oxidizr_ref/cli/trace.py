@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oxidizr_ref.backend import Array
-from oxidizr_ref.cli.words import of, printable, printable_lines, size_of
+from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.config import Config, canonical_json, load_config
 from oxidizr_ref.errors import UsageError
 from oxidizr_ref.model import LanguageModel
@@ -141,7 +141,7 @@ def compare(
     Exit code: 0 agrees, 1 differs, 3 undecided (a tie of a router), 2 could not be compared.
     """
     found = compare_traces(reference, other, names, precision, tolerance)
-    typer.echo(canonical_json(found.as_json()) if as_json else printable_lines(report(found, everything)))
+    typer.echo(canonical_json(found.as_json()) if as_json else report(found, everything))
     return found.exit_code
 
 

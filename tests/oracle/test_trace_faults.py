@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -79,6 +80,22 @@ def test_no_false_alarm_over_random_configs_in_f32_and_f64(first: int, tmp_path:
     for seed in range(first, first + OF_ONE_TEST):
         for precision, found in of_a_correct_twin(seed, tmp_path).items():
             assert found.agrees and not found.missing, f"model {seed}, {precision}:\n{report(found)}"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 8])
+def test_a_program_in_bf16_is_judged_by_the_budgets_of_bf16_and_far_outside_those_of_float32(
+    seed: int, tmp_path: Path
+) -> None:
+    """Every array of it is bfloat16, weights, gradients and moments too. (Mamba3's twin needs complex numbers.)"""
+    drawn = random_models.draw(seed)
+    weights = {name: array.astype(ml_dtypes.bfloat16).astype(np.float64) for name, array in drawn.weights.items()}
+    reference, other = tmp_path / "reference.safetensors", tmp_path / "other.safetensors"
+    record(drawn.config, reference, 1, drawn.batches, weights)
+    twin = Twin(drawn.config.model, weights, torch.bfloat16)
+    write_trace(twin, drawn.config.trainer, drawn.batches[:1], other, "bf16")
+    found = compare(reference, other)
+    assert found.agrees, report(found)
+    assert not compare(reference, other, precision="f32").agrees
 
 
 def of_a_correct_twin(seed: int, directory: Path) -> dict[str, Comparison]:
