@@ -72,11 +72,11 @@ class _Distances:
         self._found[record.name] = measuring.result()
         self.truth.forget()
 
-    def add_part(self, record: Record, array: Array, at: int, length: int) -> None:
+    def add_part(self, record: Record, array: Array, at: int, length: int) -> None:  # noqa: ARG002
         if record.name not in self.truth.records:
             return
-        measuring = self._parts.setdefault(record.name, Measuring(array.size * length))
         whole, where = self.truth.array(record.name), self.truth.indices(record.name)
+        measuring = self._parts.setdefault(record.name, Measuring(whole.size))
         flat = to_host(array).reshape(-1)
         if where is None:
             measuring.update(whole[at].reshape(-1), flat, at * flat.size)

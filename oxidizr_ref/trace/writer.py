@@ -243,6 +243,7 @@ class TraceWriter:
                 sha = hashlib.sha256(b"".join(digests)).hexdigest()
                 self._records[name] = replace(self._records[name], digest=sha, parts=len(digests))
         self._behind.end()
+        # Not flushed, as a checkpoint is: a trace can be made again, and what a power cut leaves of it has no header.
         header: dict[str, Any] = {
             name: {
                 "dtype": DTYPE_NAMES[dtype],
