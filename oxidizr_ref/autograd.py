@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from oxidizr_ref import parallel
 from oxidizr_ref.backend import Array, compute_dtype, owned, to_compute, xp_of
 from oxidizr_ref.watch import watching
 
@@ -126,7 +127,7 @@ class Tensor:
                 if isinstance(parent, Tensor):
                     _add_to_leaf(parent, owned(dx) if _may_alias(dx, dy) else dx)
                 else:
-                    waiting[parent] = waiting[parent] + dx if parent in waiting else dx
+                    waiting[parent] = parallel.add(waiting[parent], dx) if parent in waiting else dx
             node.free()
         if watcher is not None:
             watcher.walked()

@@ -35,26 +35,30 @@ if any(library["num_threads"] != 1 for library in _serial_libraries):
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed for the next step, instead of returning it and faulting every page in again.
 
-    Parameters of mallopt(3): M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3. Other C libraries have no such call.
+    Parameters of mallopt(3): M_TRIM_THRESHOLD is -1; M_MMAP_MAX is -4, and 0 keeps even the largest arrays on the heap,
+    which otherwise would be mapped afresh whenever they are made. Other C libraries have no such call.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-1, 256 << 20)
-    mallopt(-3, 32 << 20)
+    mallopt(-1, 1 << 30)
+    mallopt(-4, 0)
 
 
 _keep_freed_memory()
 
 #: Elements of one tile of elementwise work. Waking a thread costs about 60 µs, so a tile must be worth more than that.
-ELEMENTS = 65536
+ELEMENTS = 1 << 17
 #: Elements of one piece inside a tile: a few float32 temporaries of this size stay in a core's L2 cache.
-CACHED = 16384
+CACHED = 1 << 17
 #: How long work that is in no hurry rests, in units of the time it worked.
 _REST = 3
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
 SMALL_PRODUCT = 1 << 23
+
+#: Rows of a tile of a matrix product: as a rule, and at least. More of them, and BLAS packs its other operand less often.
+ROWS, FEWEST_ROWS = 512, 128
 
 Tile = tuple[int, int]
 T = TypeVar("T")
@@ -201,9 +205,12 @@ def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None
 
 
 def product_tiles(extent: int) -> list[Tile]:
-    """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call."""
-    size = min(512, max(128, -(-extent // 4 // 64) * 64))
-    return tiles(extent, size)
+    """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call.
+
+    Two tiles up to 1,024 rows, four up to 4,096, then 1,024 rows each; never fewer than 128.
+    """
+    half, quarter = (-(-extent // parts // 64) * 64 for parts in (2, 4))
+    return tiles(extent, max(FEWEST_ROWS, min(ROWS, half), min(2 * ROWS, quarter)))
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
@@ -251,6 +258,17 @@ def add_matmul(out: Array, a: Array, b: Array) -> None:
         out[i:j] += xp.matmul(a[i:j], b)
 
     for_tiles(product_tiles(m) if m * n * k >= SMALL_PRODUCT else [(0, m)], rows)
+
+
+def add(a: Array, b: Array) -> Array:
+    """``a + b`` of equal shapes, a new array."""
+    xp = xp_of(a)
+    if a.dtype != b.dtype or not (a.flags.c_contiguous and b.flags.c_contiguous):
+        return a + b
+    out = xp.empty(a.shape, dtype=a.dtype)
+    flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
+    for_tiles(tiles(a.size, ELEMENTS), lambda i, j: xp.add(flat_a[i:j], flat_b[i:j], out=flat[i:j]))
+    return out
 
 
 # --- how parts are summed ---------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ FLOORS: dict[str, int | str] = {
     "checkpoint": BESIDE,
 }
 #: On the floors whose files stand side by side, those that the others may lean on.
-SHARED_ON_FLOOR = {"fused": {"fused.register", "fused.chunked_scan"}, "layers": {"layers.state_space"}}
+SHARED_ON_FLOOR = {"fused": {"fused.register", "fused.chunked_scan", "fused.rows"}, "layers": {"layers.state_space"}}
 
 #: Outside packages, by where they may be imported.
 EVERYWHERE = {"numpy", "ml_dtypes", "safetensors"}
@@ -95,7 +95,7 @@ HOST_CALLS = {
         **dict.fromkeys(("exp", "expm1", "log", "maximum"), "first values are made on the host"),
         "prod": "a product of lengths of axes",
     },
-    "fused/chunked_scan.py": dict.fromkeys(("ones", "tril", "where"), "the causal mask is made on the host, once"),
+    "fused/chunked_scan.py": dict.fromkeys(("ones", "tril"), "the causal mask is made on the host, once"),
     "fused/attention.py": {
         "tril": "the causal mask is made on the host, once",
         "ones": "the causal mask is made on the host, once",

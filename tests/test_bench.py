@@ -29,12 +29,17 @@ def llama() -> Measured:
 
 
 def test_the_floor_has_the_products_that_a_llama_needs_and_no_others(llama: Measured) -> None:
-    """A linear layer is three products a step; attention two forward and, its scores computed again, five backward."""
+    """A linear layer is three products a step; attention two forward and, its scores computed again, five backward.
+
+    Beside these are products with a vector: sums along rows or columns, and in two of attention's products one more channel.
+    """
     m = model_config("llama")
     n, D, I, T = 2 * m.max_seq_len, m.hidden_size, m.intermediate_size, m.max_seq_len  # noqa: E741
     weights = m.num_layers * (2 * D * D + 2 * D * m.kv_heads * m.head_dim + 3 * D * I) + m.vocab_size * D
     attention = m.num_layers * 7 * 2 * m.num_heads * T * T * m.head_dim
-    assert llama.operations == 3 * 2 * n * weights + 2 * attention
+    in_attention = m.num_layers * 2 * m.num_heads * (3 * T * T + T * m.head_dim)  # its softmax's sums, both channels, y dy
+    elsewhere = (2 * m.num_layers + 1) * n * D + n * m.vocab_size  # the norms' weights; the sums of exponentials
+    assert llama.operations == 3 * 2 * n * weights + 2 * attention + 2 * (in_attention + elsewhere)
 
 
 def test_with_accumulation_a_step_has_so_many_times_the_products() -> None:

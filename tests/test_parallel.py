@@ -234,7 +234,7 @@ def test_product_tiles_cover_the_side_once_in_coarse_tiles_at_multiples_of_64(ex
     borders = parallel.product_tiles(extent)
     assert [i for i, _ in borders] == [0, *(j for _, j in borders[:-1])][: len(borders)]
     assert (borders[-1][1] if borders else 0) == extent
-    assert all(i % 64 == 0 and 0 < j - i <= 512 for i, j in borders)
+    assert all(i % 64 == 0 and 0 < j - i <= 1024 for i, j in borders)
     assert all(j - i >= 128 for i, j in borders[:-1])
 
 
@@ -252,9 +252,9 @@ def test_how_work_is_cut_never_depends_on_the_number_of_threads() -> None:
 # --- products ---------------------------------------------------------------------------------------------------------
 
 PRODUCTS = [
-    (700, 300, 200),  # tall: cut along m
-    (200, 300, 700),  # wide: cut along n
-    (513, 129, 257),  # ragged
+    (1300, 300, 100),  # tall: cut along m
+    (100, 300, 1300),  # wide: cut along n
+    (1025, 129, 257),  # ragged
     (40, 30, 20),  # too small to cut
     (1, 5000, 4000),  # one row
     (0, 3, 4),
@@ -314,8 +314,8 @@ def test_add_matmul_adds_numpys_product_of_each_tile_to_the_bit(shape: tuple[int
 
 
 def test_products_above_span_three_tiles_where_they_are_cut() -> None:
-    assert len(parallel.product_tiles(700)) >= 3
-    assert len(parallel.product_tiles(513)) >= 3
+    assert len(parallel.product_tiles(1300)) >= 3
+    assert len(parallel.product_tiles(1025)) >= 3
 
 
 # --- BLAS -------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ SMALL_TILES = [
     (parallel, "ELEMENTS", 4096),
     (parallel, "CACHED", 4096),
     (parallel, "SMALL_PRODUCT", 1 << 18),
+    (parallel, "ROWS", 32),
+    (parallel, "FEWEST_ROWS", 32),
     (attention, "QUERY_BLOCK", 16),
     (attention, "SCORES", 1 << 12),
     (linear_cross_entropy, "LOGITS", 1 << 14),
@@ -323,7 +325,7 @@ def edit_json(metadata: dict[str, str], key: str, **changes: Any) -> None:
 
 # --- how work was cut -------------------------------------------------------------------------------------------------
 
-_CUTTERS = {"tiles", "row_tiles", "product_tiles", "for_each", "for_tiles", "matmul", "matmuls", "add_matmul"}
+_CUTTERS = {"tiles", "row_tiles", "product_tiles", "for_each", "for_tiles", "matmul", "matmuls", "add_matmul", "add"}
 
 
 def tiled_functions() -> set[str]:
