@@ -205,13 +205,13 @@ def large_examples() -> dict[str, Example]:
         "causal_conv": Example([normal(2, 300, 130), normal(130, 1, 4), normal(130)], {}),
         "linear": Example([normal(3, 171, 64), normal(390, 64)], {}),
         "linear_cross_entropy": Example([normal(1300, 256), normal(1024, 256)], {"targets": targets, "divisor": 1300.0}),
-        "mamba3_scan": mamba3_scan_example(rng, B=2, T=40, R=3, H=60, P=8, G=2, N=8, S=2, chunk=48),
+        "mamba3_scan": mamba3_scan_example(rng, B=3, T=40, R=3, H=60, P=8, G=2, N=8, S=2, chunk=48),
         "rms_norm": Example([normal(4001, 64), normal(64)], {"eps": 1e-5, "groups": 4}),
         "rope": Example([normal(11, 128, 4, 32)], {"theta": 1e4}),
         "running_angle": running_angle_example(rng, B=5, T=100, H=3, S=4, turning=0.05, noise=0.002),
         "selective_scan": selective_scan_example(rng, B=2, T=50, E=600, N=8),
         "silu_gate": Example([normal(2, 200, 8, 24), normal(2, 200, 8, 24)], {}),
-        "ssd": ssd_example(rng, B=2, T=150, H=40, P=12, G=2, N=16, chunk=64),
+        "ssd": ssd_example(rng, B=3, T=150, H=40, P=12, G=2, N=16, chunk=64),
         "swiglu": Example([normal(3, 171, 96), normal(390, 96), normal(390, 96), normal(96, 390)], {}),
     }
     return {name: in_dtype(example, np.float32) for name, example in examples.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
-from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, scan, scan_backward
+from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, number_of_chunks, scan, scan_backward
 from oxidizr_ref.fused.register import fused
 from oxidizr_ref.watch import Part, named
 
@@ -33,79 +33,43 @@ def ssd_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, c
 class SSD(Function):
     def forward(self, x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, *, chunk: int) -> Array:
         xp, (batch, T, H, P), (G, N) = xp_of(x), x.shape, B.shape[2:]
-        self.chunk, self.inputs = chunk, (x, dt, A, B, C, D)
-        self.tiles = lane_tiles(batch, G, H // G, min(chunk, T))
-        self.states = xp.empty((len(parallel.tiles(T, chunk)), batch, G, H // G, N, P), dtype=x.dtype)
+        self.inputs = (_of_groups(x, G), _of_groups(dt, G), A.reshape(G, -1), B, C, D.reshape(G, -1))
+        self.tiles = lane_tiles(batch, T, G, H // G, min(chunk, max(1, T)), 1)
+        self.states = xp.empty((batch, number_of_chunks(T, chunk), G, N, H // G, P), dtype=x.dtype)
         y = xp.empty(x.shape, dtype=x.dtype)
-
-        def lanes(index: int) -> None:
-            at = self.tiles[index]
-            scan(self._lanes(at), _of_heads(y, at, G), self.states[:, *at[:3]], chunk, 1)
-
-        parallel.for_each(len(self.tiles), lanes)
+        scan(self.tiles, self._lanes, lambda at: at.of_heads(_of_groups(y, G)), self.states, 1)
         return y
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
-        xp, (x, dt, A, B, _, _), tiles = xp_of(dy), self.inputs, self.tiles
+        xp, (x, dt, A, B, _, D) = xp_of(dy), self.inputs
         G = B.shape[2]
-        dx, ddt = xp.empty(x.shape, dtype=dy.dtype), xp.empty(dt.shape, dtype=dy.dtype)
-        parts = 1 + max((at.part for at in tiles), default=0)
+        dx, ddt, da = (xp.empty(v.shape, dtype=dy.dtype) for v in (x, dt, dt))
+        parts = 1 + max((at.part for at in self.tiles), default=0)
         dB, dC = (xp.zeros((parts, *B.shape), dtype=dy.dtype) for _ in range(2))
-        dA, dD = (xp.zeros((x.shape[0], *A.shape), dtype=dy.dtype) for _ in range(2))  # of each sequence
+        dD = xp.empty((*self.states.shape[:2], *D.shape), dtype=dy.dtype)  # of each chunk
 
-        def lanes(index: int) -> None:
-            at = tiles[index]
-            a = self._lanes(at)
-            da, ddiagonal = xp.empty(a.a.shape, dtype=dy.dtype), xp.empty(a.a.shape, dtype=dy.dtype)
-            dt_, ddt_ = _of_numbers(dt, at, G), _of_numbers(ddt, at, G)
-            grads = Lanes(
-                x=_of_heads(dx, at, G),
-                a=da,
-                inflow=ddt_,
-                diagonal=ddiagonal,
-                B=_of_groups(dB[at.part], at),
-                C=_of_groups(dC[at.part], at),
-                D=dD.reshape(-1, G, A.size // G)[at.sequences.start, at.groups, at.heads],
-            )
-            scan_backward(_of_heads(dy, at, G), a, self.states[:, *at[:3]], grads, self.chunk, 1)
+        def finish(at: LaneTile, grads: Lanes) -> None:
+            at.of_heads(dx)[...], at.of_numbers(da)[...], at.of_states(dD)[...] = grads.x, grads.a, grads.D
+            at.cut(dB[at.part])[...], at.cut(dC[at.part])[...] = grads.B, grads.C
             # inflow = diagonal = dt;  a = dt A
-            ddt_ += ddiagonal
-            ddt_ += da * _of_parameter(A, at, G)[..., None]
-            dA.reshape(-1, G, A.size // G)[at.sequences, at.groups, at.heads] = (da * dt_).sum(axis=-1)
+            at.of_numbers(ddt)[...] = grads.inflow + grads.diagonal + grads.a * A[at.groups, at.heads, None]
 
-        parallel.for_each(len(tiles), lanes)
+        scan_backward(self.tiles, self._lanes, lambda at: at.of_heads(_of_groups(dy, G)), finish, self.states, 1)
         zero = xp.zeros(A.shape, dtype=dy.dtype)
-        sums = (parallel.tree_sum(list(parts)) for parts in (dB, dC))
-        return dx, ddt, parallel.tree_sum([zero, *dA]), *sums, parallel.tree_sum([zero, *dD])
+        dA, dD = (parallel.tree_sum([zero, *v.sum(axis=1)]).reshape(-1) for v in (da * dt, dD))
+        dB, dC = (parallel.tree_sum(list(of_parts)) for of_parts in (dB, dC))
+        return dx.reshape(dy.shape), ddt.reshape(dy.shape[:3]), dA, dB, dC, dD
 
-    def _lanes(self, at: LaneTile) -> Lanes:
+    def _lanes(self, at: LaneTile, _: str) -> Lanes:
         x, dt, A, B, C, D = self.inputs
-        G = B.shape[2]
-        dt_ = _of_numbers(dt, at, G)
-        a = dt_ * _of_parameter(A, at, G)[..., None]
-        return Lanes(_of_heads(x, at, G), a, dt_, dt_, _of_groups(B, at), _of_groups(C, at), _of_parameter(D, at, G))
+        dt_ = at.of_numbers(dt)
+        a = dt_ * A[at.groups, at.heads, None]
+        return Lanes(at.of_heads(x), a, dt_, dt_, at.cut(B), at.cut(C), D[at.groups, at.heads])
 
 
-def _of_heads(v: Array, at: LaneTile, G: int) -> Array:
-    """A view of ``[B,T,H,P]`` as the tile's ``[b,g,h,T,P]``."""
-    B, T, H, P = v.shape
-    return v.reshape(B, T, G, H // G, P).transpose(0, 2, 3, 1, 4)[at[:3]]
-
-
-def _of_groups(v: Array, at: LaneTile) -> Array:
-    """A view of ``[B,T,G,N]`` as the tile's ``[b,g,1,T,N]``."""
-    return v.transpose(0, 2, 1, 3)[at.sequences, at.groups, None]
-
-
-def _of_numbers(v: Array, at: LaneTile, G: int) -> Array:
-    """A view of ``[B,T,H]`` as the tile's ``[b,g,h,T]``."""
-    B, T, H = v.shape
-    return v.reshape(B, T, G, H // G).transpose(0, 2, 3, 1)[at[:3]]
-
-
-def _of_parameter(v: Array, at: LaneTile, G: int) -> Array:
-    """A view of ``[H]`` as the tile's ``[g,h]``."""
-    return v.reshape(G, -1)[at.groups, at.heads]
+def _of_groups(v: Array, G: int) -> Array:
+    """A view of ``[B,T,H,…]`` as ``[B,T,G,H/G,…]``."""
+    return v.reshape(*v.shape[:2], G, v.shape[2] // G, *v.shape[3:])
 
 
 @fused(ssd_ref)
