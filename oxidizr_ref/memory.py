@@ -150,9 +150,8 @@ def _mamba3(m: ModelConfig, B: int, T: int) -> Kept:
 
 
 def _conv(channels: int, kernel: int) -> Kept:
-    """A convolution beside its input and output: its weights turned round (with one weight a channel: as they are)."""
-    weights = channels * kernel
-    return Kept(weights, copies=channels) if kernel > 1 else Kept(0, copies=channels + weights)
+    """A convolution beside its input and output: its weights turned round, and its biases, both halved."""
+    return Kept(channels * kernel + channels)
 
 
 def _output(m: ModelConfig, B: int, T: int) -> Kept:

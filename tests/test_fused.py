@@ -138,6 +138,10 @@ def test_fused_gives_the_same_bits_for_any_number_of_threads_over_three_or_more_
         patch.setattr(lce_module, "LOGITS", 1 << 19)  # three chunks
         patch.setattr(selective_scan_module, "STATES", 1 << 11)
         patch.setattr(chunked_scan_module, "WEIGHTS", 1 << 16)
+        patch.setattr(attention_module, "SCORES", 1 << 16)
+        patch.setattr(parallel, "ELEMENTS", 1 << 16)
+        patch.setattr(parallel, "CACHED", 1 << 14)
+        patch.setattr(parallel, "product_tiles", lambda extent: parallel.tiles(extent, 128))
         for threads in (1, 2, 3, 5, 8):
             parallel.set_threads(threads)
             with recorded_tile_counts() as counts:
@@ -216,7 +220,10 @@ def test_every_constant_that_cuts_a_fused_op_is_varied_here() -> None:
         if name.isupper() and not name.startswith("_") and isinstance(value, int)
     }
     varied = {(module.__name__, name) for module, name in CONSTANTS.values()}
-    others = {(parallel.__name__, "SMALL_PRODUCT"), (lce_module.__name__, "FEWEST_TOKENS")}
+    others = {
+        *((parallel.__name__, name) for name in ("SMALL_PRODUCT", "ROWS", "FEWEST_ROWS")),
+        (lce_module.__name__, "FEWEST_TOKENS"),
+    }
     assert found == varied | others
 
 

@@ -140,10 +140,10 @@ def test_beyond_its_gradients_the_cross_entropy_takes_a_chunk_whatever_tokens_ti
     peak = peak_of(lambda: linear_cross_entropy(h, w, targets, float(tokens)).backward())
     beyond = peak - 4 * WIDTH * (tokens + vocab)
     # A chunk of logits (1 MiB), or all of them where they are fewer. Beside it: a loss a token; a tile of dW (512 rows) on
-    # its way into dW; of each row of a tile of logits, at most 65,536 / 64 rows, a maximum, a sum and two copies of what was
-    # picked (float32), its number and target and their copies (int64); 64 KiB for Python. All logits are up to 128 MiB.
+    # its way into dW; of each row of a tile of logits, at most 131,072 / 64 rows, a maximum, a sum and two copies of what
+    # was picked (float32), its number and target and their copies (int64); 64 KiB for Python. All logits are up to 128 MiB.
     logits = 4 * min(CHUNK, tokens * vocab)
-    rest = 4 * tokens + 4 * 512 * WIDTH + (4 * 4 + 8 * 8) * 1024 + 2**16
+    rest = 4 * tokens + 4 * 512 * WIDTH + (4 * 4 + 8 * 8) * 2048 + 2**16
     assert 0.9 * logits < beyond < logits + rest, (beyond - logits, rest)
 
 

@@ -11,7 +11,7 @@ a group, P width of q and k, V width of v.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,11 +19,12 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, to_device, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.fused.rows import column_sums, row_sums
 from oxidizr_ref.watch import named
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 64
 #: Scores of one tile of heads: what one core works on at a time.
-SCORES = 1 << 16
+SCORES = 1 << 19
 
 
 def causal_mask(queries: int, keys: int) -> np.ndarray[Any, Any]:
@@ -54,20 +55,25 @@ class Attention(Function):
         (B, T, H, _), (S, K, V) = q.shape, v.shape[1:]
         self.scale, self.plan = scale, _Plan(B, T, S, K, H // K)
         y = xp.empty((B, T, H, V), dtype=q.dtype)
-        self.logsum = xp.empty((B, K, H // K, T, 1), dtype=q.dtype)
+        self.logsum = xp.empty((B, K, H // K, T), dtype=q.dtype)
         q_, k_, v_, y_ = _by_head(q, K), _by_head(k, K), _by_head(v, K), _by_head(y, K)
 
         def heads(index: int) -> None:
             at, blocks = self.plan.tile(index)
+            k_tile, v_tile = (xp.ascontiguousarray(x[at][:, :, 0]) for x in (k_, v_))
             for i, j, seen in blocks:
-                scores = _masked_scores(q_[at][:, :, :, i:j], k_[at][:, :, :, :seen], scale)  # (1)
-                top = scores.max(axis=-1, keepdims=True)
+                q_block = _rows(q_[at][:, :, :, i:j] * scale)
+                # Scores lie [keys, queries], so that both the maximum and its subtraction run along rows.
+                scores = xp.matmul(k_tile[:, :, :seen], q_block.swapaxes(-1, -2))  # (1)
+                _hide_future(scores.swapaxes(-1, -2), j - i)
+                top = scores.max(axis=-2, keepdims=True)
                 scores -= top
-                xp.exp(scores, out=scores)  # (2)
-                total = scores.sum(axis=-1, keepdims=True)
-                self.logsum[at][:, :, :, i:j] = top + xp.log(total)
-                scores /= total  # (3)
-                xp.matmul(scores, v_[at][:, :, :, :seen], out=y_[at][:, :, :, i:j])  # (4)
+                p = xp.exp(scores, out=scores)  # (2), not yet divided by its sum
+                total = column_sums(p)
+                y_block = xp.matmul(p.swapaxes(-1, -2), v_tile[:, :, :seen])  # (4)
+                y_block /= total.swapaxes(-1, -2)  # (3), on fewer numbers
+                y_[at][:, :, :, i:j] = y_block.reshape(y_[at][:, :, :, i:j].shape)
+                self.logsum[at][:, :, :, i:j] = (top + xp.log(total)).reshape(self.logsum[at][:, :, :, i:j].shape)
 
         parallel.for_each(self.plan.tiles, heads)
         self.q, self.k, self.v, self.y = q, k, v, y
@@ -75,31 +81,32 @@ class Attention(Function):
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
         xp, q, k, v, y, plan, scale = xp_of(dy), self.q, self.k, self.v, self.y, self.plan, self.scale
-        K = k.shape[2]
-        dq, dk, dv = xp.empty(q.shape, q.dtype), xp.zeros(k.shape, k.dtype), xp.zeros(v.shape, v.dtype)
+        K, P, V = k.shape[2], k.shape[3], v.shape[3]
+        dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
         q_, k_, v_, y_, dy_ = (_by_head(x, K) for x in (q, k, v, y, dy))
         dq_, dk_, dv_ = (_by_head(x, K) for x in (dq, dk, dv))
 
         def heads(index: int) -> None:
             at, blocks = plan.tile(index)
+            k_tile, v_tile = (_with_channel(x[at][:, :, 0], 1) for x in (k_, v_))
+            dk_tile, dv_tile = xp.zeros(k_tile[..., :P].shape, k.dtype), xp.zeros(v_tile[..., :V].shape, v.dtype)
             for i, j, seen in blocks:
-                k_seen, v_seen = k_[at][:, :, :, :seen], v_[at][:, :, :, :seen]
-                q_block, dy_block = q_[at][:, :, :, i:j], dy_[at][:, :, :, i:j]
-                p = _masked_scores(q_block, k_seen, scale)
-                p -= self.logsum[at][:, :, :, i:j]
+                block = (*at, slice(None), slice(i, j))
+                # What is subtracted from a whole row of scores is one more channel of its product.
+                q_block = _rows(_with_channel(q_[block] * scale, -self.logsum[block]))
+                p = xp.matmul(q_block, k_tile[:, :, :seen].swapaxes(-1, -2))
+                _hide_future(p, j - i)
                 xp.exp(p, out=p)  # (3), (2), (1) recomputed: the softmax
-                # (4) y = p v
-                for g in range(plan.group):
-                    dv_[at][:, :, 0, :seen] += xp.matmul(p[:, :, g].swapaxes(-1, -2), dy_block[:, :, g])
-                dp = xp.matmul(dy_block, v_seen.swapaxes(-1, -2))
-                # (3), (2) the softmax's Jacobian; sum(p dp) over keys equals sum(y dy) over channels
-                dp -= (y_[at][:, :, :, i:j] * dy_block).sum(axis=-1, keepdims=True)
+                # (4) y = p v;  (3), (2) the softmax's Jacobian, in which sum(p dp) over keys equals sum(y dy) over channels
+                dy_block = _rows(_with_channel(dy_[block], -row_sums(y_[block] * dy_[block])))
+                dv_tile[:, :, :seen] += xp.matmul(p.swapaxes(-1, -2), dy_block[..., :V])
+                dp = xp.matmul(dy_block, v_tile[:, :, :seen].swapaxes(-1, -2))
                 dp *= p
-                dp *= scale
-                # (1) scores = q kᵀ scale
-                xp.matmul(dp, k_seen, out=dq_[at][:, :, :, i:j])
-                for g in range(plan.group):
-                    dk_[at][:, :, 0, :seen] += xp.matmul(dp[:, :, g].swapaxes(-1, -2), q_block[:, :, g])
+                # (1) scores = (q scale) kᵀ
+                dk_tile[:, :, :seen] += xp.matmul(dp.swapaxes(-1, -2), q_block[..., :P])
+                dq_[block] = xp.matmul(dp, k_tile[:, :, :seen, :P]).reshape(dq_[block].shape)
+                dq_[block] *= scale
+            dk_[at][:, :, 0], dv_[at][:, :, 0] = dk_tile, dv_tile
 
         parallel.for_each(plan.tiles, heads)
         return dq, dk, dv
@@ -129,19 +136,30 @@ def _by_head(x: Array, K: int) -> Array:
     return x.reshape(B, T, K, heads // K, width).transpose(0, 2, 3, 1, 4)
 
 
-def _masked_scores(q: Array, k: Array, scale: float) -> Array:
-    """``q kᵀ * scale`` of the last queries of ``k``, with -inf where a key lies in a query's future."""
-    scores = xp_of(q).matmul(q, k.swapaxes(-1, -2))
-    scores *= scale
-    queries = scores.shape[-2]
+def _rows(x: Array) -> Array:
+    """The queries of all heads of a group below each other: ``[b,k,G,t,width]`` to ``[b,k,G·t,width]``."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _with_channel(x: Array, channel: Array | float) -> Array:
+    """A C-ordered copy of ``[…,width]`` with one more channel behind: ``[…,width+1]``."""
+    wide = xp_of(x).empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)
+    wide[..., :-1], wide[..., -1] = x, channel
+    return wide
+
+
+def _hide_future(scores: Array, queries: int) -> None:
+    """Scores ``[b,k,G·queries,seen]`` become -inf where a key lies in its query's future."""
+    b, k, rows, seen = scores.shape
     # Only the last `queries` keys can lie in the future of any query of the block.
-    scores[..., -queries:] += to_device(_future_bias(queries, scores.dtype.name), scores)
-    return scores
+    recent = scores[..., seen - queries :].reshape(b, k, rows // queries, queries, queries)
+    order = "C" if scores.strides[-1] == scores.itemsize else "F"  # as the scores lie, so that rows are added to rows
+    recent += to_device(_future_bias(queries, scores.dtype.name, order), scores)
 
 
 @functools.lru_cache(maxsize=256)
-def _future_bias(queries: int, dtype: str) -> np.ndarray[Any, Any]:
-    return np.where(causal_mask(queries, queries), 0.0, -np.inf).astype(dtype)
+def _future_bias(queries: int, dtype: str, order: Literal["C", "F"]) -> np.ndarray[Any, Any]:
+    return np.where(causal_mask(queries, queries), 0.0, -np.inf).astype(dtype, order=order)
 
 
 @fused(attention_ref)

@@ -11,6 +11,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.fused.rows import column_sums
 from oxidizr_ref.watch import named
 
 
@@ -25,69 +26,68 @@ def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class CausalConv(Function):
+    """With h = pre/2 and t = tanh(h), in which no exponential can overflow: ``y = (1 + t) h``."""
+
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         xp, (B, T, C) = xp_of(x), x.shape
-        self.x, self.weight, self.bias = x, xp.ascontiguousarray(weight[:, 0].T), bias  # [K,C]
+        self.x, self.half_weight, self.half_bias = x, xp.ascontiguousarray(weight[:, 0].T) * 0.5, bias * 0.5  # [K,C], [C]
         self.places = [(b, i, j) for b in range(B) for i, j in parallel.row_tiles(T, C, parallel.CACHED)]
         y = xp.empty(x.shape, dtype=x.dtype)
 
         def rows(index: int) -> None:
             b, i, j = self.places[index]
-            pre = self._convolve(b, i, j)
-            xp.multiply(pre, _sigmoid(pre), out=y[b, i:j])
+            h = self._convolve(b, i, j)
+            tile = xp.tanh(h, out=y[b, i:j])
+            tile += 1
+            tile *= h
 
         parallel.for_each(len(self.places), rows)
         return y
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
-        xp, x, w, K = xp_of(dy), self.x, self.weight, len(self.weight)
-        dpre, dx = xp.empty(x.shape, dtype=dy.dtype), xp.empty(x.shape, dtype=dy.dtype)
+        xp, x, w, K = xp_of(dy), self.x, self.half_weight, len(self.half_weight)
+        dh, dx = xp.empty(x.shape, dtype=dy.dtype), xp.empty(x.shape, dtype=dy.dtype)  # dh = 2 dpre
         dweights = xp.zeros((len(self.places), K + 1, w.shape[1]), dtype=dy.dtype)  # a tile's; the last row is the bias's
 
         def before(index: int) -> None:
             b, i, j = self.places[index]
-            # y = pre s, s = sigmoid(pre):  dpre = dy s (1 + pre (1 - s))
-            pre = self._convolve(b, i, j)
-            s = _sigmoid(pre)
-            pre *= 1 - s
-            pre += 1
-            pre *= s
-            tile = xp.multiply(pre, dy[b, i:j], out=dpre[b, i:j])
-            # pre_t = bias + Σ_k weight_k ∘ x_{t-K+1+k}
+            # y = (1 + t) h:  dh = dy ((1 + t) + y (1 - t)), as t' = (1 + t) (1 - t)
+            h = self._convolve(b, i, j)
+            t = xp.tanh(h)
+            tile = xp.add(t, 1, out=dh[b, i:j])
+            h *= tile
+            t *= h
+            tile += h
+            tile -= t
+            tile *= dy[b, i:j]
+            # h_t = (bias + Σ_k weight_k ∘ x_{t-K+1+k}) / 2
             for k in range(K):
                 first = max(0, K - 1 - k - i)  # rows of the tile whose input lies before the sequence
-                dweights[index, k] = (tile[first:] * x[b, i + first - K + 1 + k : max(0, j - K + 1 + k)]).sum(axis=0)
-            dweights[index, K] = tile.sum(axis=0)
+                earlier = x[b, i + first - K + 1 + k : max(0, j - K + 1 + k)]
+                dweights[index, k] = xp.einsum("tc,tc->c", tile[first:], earlier)
+            dweights[index, K] = column_sums(tile)[0]
 
         def inputs(index: int) -> None:
             b, i, j = self.places[index]
-            tile = xp.multiply(dpre[b, i:j], w[K - 1], out=dx[b, i:j])
+            tile = xp.multiply(dh[b, i:j], w[K - 1], out=dx[b, i:j])
             for k in range(K - 1):
-                later = dpre[b, i + K - 1 - k : j + K - 1 - k]
+                later = dh[b, i + K - 1 - k : j + K - 1 - k]
                 tile[: len(later)] += later * w[k]
 
         parallel.for_each(len(self.places), before)
         parallel.for_each(len(self.places), inputs)
-        total = parallel.tree_sum([xp.zeros(dweights.shape[1:], dtype=dy.dtype), *dweights])
+        total = parallel.tree_sum([xp.zeros(dweights.shape[1:], dtype=dy.dtype), *dweights]) * 0.5
         return dx, xp.ascontiguousarray(total[:K].T)[:, None], total[K].copy()
 
     def _convolve(self, b: int, i: int, j: int) -> Array:
-        """``pre`` of rows i … j-1 of sequence b."""
-        x, w, K = self.x[b], self.weight, len(self.weight)
-        pre = x[i:j] * w[K - 1]
-        pre += self.bias
+        """``pre / 2`` of rows i … j-1 of sequence b."""
+        x, w, K = self.x[b], self.half_weight, len(self.half_weight)
+        h = x[i:j] * w[K - 1]
+        h += self.half_bias
         for k in range(K - 1):
             earlier = x[max(0, i - K + 1 + k) : max(0, j - K + 1 + k)]
-            pre[len(pre) - len(earlier) :] += earlier * w[k]
-        return pre
-
-
-def _sigmoid(x: Array) -> Array:
-    """With tanh no exponential can overflow."""
-    s = xp_of(x).tanh(x * 0.5)
-    s *= 0.5
-    s += 0.5
-    return s
+            h[len(h) - len(earlier) :] += earlier * w[k]
+        return h
 
 
 @fused(causal_conv_ref)

@@ -12,10 +12,11 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, to_compute, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.fused.rows import row_sums
 from oxidizr_ref.watch import named
 
-#: Logits of one chunk: 32 MiB in float32.
-LOGITS = 1 << 23
+#: Logits of one chunk: 128 MiB in float32. Fewer, and a large vocabulary's weight gradient is added to too often.
+LOGITS = 1 << 25
 #: Fewer tokens than this in a chunk would leave the matrix products waiting for memory.
 FEWEST_TOKENS = 64
 
@@ -42,11 +43,13 @@ class LinearCrossEntropy(Function):
         buffer = xp.empty((chunks[0][1] if chunks else 0, w.shape[0]), dtype=h.dtype)
         for i, j in chunks:
             logits = parallel.matmul(h[i:j], w.T, out=buffer[: j - i])  # (1)
-            _softmax_minus_onehot(logits, targets[i:j], losses[i:j])  # (2): logits become dlogits
+            # (2): logits become dlogits, each row times the sum of its exponentials; fewer numbers are divided by it later.
+            total = _dlogits_times_total(logits, targets[i:j], losses[i:j])
             if dh is not None:
                 parallel.matmul(logits, w, out=dh[i:j])  # (1) logits = h Wᵀ
+                dh[i:j] /= total
             if dw is not None:
-                parallel.add_matmul(dw, logits.T, h[i:j])
+                parallel.add_matmul(dw, logits.T, h[i:j] / total)
         self.dh, self.dw, self.divisor = dh, dw, divisor
         # A pairwise sum over a contiguous array: its order depends on the length alone.
         return losses.sum() / xp.asarray(divisor, dtype=losses.dtype)
@@ -59,21 +62,26 @@ class LinearCrossEntropy(Function):
         return None if self.dh is None else self.dh.reshape(self.shape), self.dw
 
 
-def _softmax_minus_onehot(logits: Array, targets: Array, losses: Array) -> None:
-    """Overwrite logits ``[n, vocab]`` by softmax - onehot(targets), and losses ``[n]`` by the tokens' cross-entropies."""
+def _dlogits_times_total(logits: Array, targets: Array, losses: Array) -> Array:
+    """Overwrite logits ``[n, vocab]`` by ``total * (softmax - onehot(targets))`` and losses ``[n]`` by the cross-entropies.
+
+    Returns total ``[n, 1]``, the sums of ``exp(logits - their maximum)``.
+    """
     xp = xp_of(logits)
+    total = xp.empty((len(logits), 1), dtype=logits.dtype)
 
     def rows(i: int, j: int) -> None:
         tile, at = logits[i:j], (xp.arange(j - i), targets[i:j])
         tile -= tile.max(axis=1, keepdims=True)
         picked = tile[at]
         xp.exp(tile, out=tile)
-        total = tile.sum(axis=1)
-        losses[i:j] = xp.log(total) - picked
-        tile /= total[:, None]
-        tile[at] -= 1  # each row's target is one element: no index appears twice
+        sums = row_sums(tile)
+        losses[i:j] = xp.log(sums) - picked
+        tile[at] -= sums  # each row's target is one element: no index appears twice
+        total[i:j, 0] = sums
 
     parallel.for_tiles(parallel.row_tiles(*logits.shape), rows)
+    return total
 
 
 def _scale(x: Array, factor: Array) -> None:

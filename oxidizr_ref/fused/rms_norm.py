@@ -28,9 +28,8 @@ class RMSNorm(Function):
         rstd = xp.empty((x.shape[0], groups, 1), dtype=x.dtype)
 
         def rows(i: int, j: int) -> None:
-            tile = xp.multiply(x[i:j], x[i:j], out=y[i:j])  # y is scratch until (2)
-            rstd[i:j, :, 0] = 1 / xp.sqrt(tile.sum(axis=-1) / width + eps)  # (1)
-            xp.multiply(x[i:j], rstd[i:j], out=tile)  # (2) xhat
+            rstd[i:j, :, 0] = 1 / xp.sqrt(xp.vecdot(x[i:j], x[i:j]) / width + eps)  # (1)
+            tile = xp.multiply(x[i:j], rstd[i:j], out=y[i:j])  # (2) xhat
             tile *= weight  # (3)
 
         self.tiles = parallel.row_tiles(x.shape[0], groups * width)
@@ -47,13 +46,15 @@ class RMSNorm(Function):
 
         def rows(index: int) -> None:
             i, j = self.tiles[index]
-            xhat = x[i:j] * rstd[i:j]
-            dweights[index] = (dy[i:j] * xhat).sum(axis=0)  # (3) y = xhat * weight
-            dxhat = xp.multiply(dy[i:j], weight, out=dx[i:j])
-            # (2), (1) xhat = x * rstd(x): the part of dxhat along xhat is lost to the normalization
-            xhat *= (dxhat * xhat).sum(axis=-1, keepdims=True) / width
-            dxhat -= xhat
-            dxhat *= rstd[i:j]
+            # (3) y = xhat * weight, xhat = x * rstd: the sum over rows of dy * x * rstd, as one product a group
+            along = dy[i:j] * x[i:j]
+            dweights[index] = xp.matmul(rstd[i:j].transpose(1, 2, 0), along.transpose(1, 0, 2))[:, 0]
+            # (2), (1): dx = rstd * (dxhat - xhat * mean(dxhat * xhat)); the part of dxhat along xhat is lost
+            lost = xp.vecdot(along, weight)[..., None]
+            lost *= rstd[i:j] ** 3 / width
+            tile = xp.multiply(dy[i:j], weight, out=dx[i:j])
+            tile *= rstd[i:j]
+            tile -= xp.multiply(x[i:j], lost, out=along)
 
         parallel.for_each(len(self.tiles), rows)
         dweight = parallel.tree_sum(dweights) if dweights else xp.zeros_like(weight)

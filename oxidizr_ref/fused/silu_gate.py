@@ -26,13 +26,12 @@ class SiluGate(Function):
 
         def rows(index: int) -> None:
             b, i, j = self.places[index]
-            tile = out[b, i:j]
-            xp.multiply(z[b, i:j], 0.5, out=tile)
-            xp.tanh(tile, out=tile)
-            tile += 1  # sigmoid(z) = (tanh(z/2) + 1) / 2, which cannot overflow
-            tile *= z[b, i:j]
+            # With h = z/2, silu(z) = (1 + tanh(h)) h, in which no exponential can overflow.
+            h = z[b, i:j] * 0.5
+            tile = xp.tanh(h, out=out[b, i:j])
+            tile += 1
+            tile *= h
             tile *= y[b, i:j]
-            tile *= 0.5
 
         parallel.for_each(len(self.places), rows)
         return out
@@ -43,17 +42,19 @@ class SiluGate(Function):
 
         def rows(index: int) -> None:
             b, i, j = self.places[index]
-            # out = y z s, s = sigmoid(z):  dy = dout z s,  dz = dout y s (1 + z (1 - s))
-            s = xp.tanh(z[b, i:j] * 0.5)
-            s *= 0.5
-            s += 0.5
-            slope = xp.multiply(1 - s, z[b, i:j], out=dz[b, i:j])
-            slope += 1
-            slope *= s
+            # out = y silu(z):  dy = dout silu(z),  dz = dout y silu'(z);  with t = tanh(h) and silu = (1 + t) h:
+            # silu'(z) = ((1 + t) + silu (1 - t)) / 2
+            h = z[b, i:j] * 0.5
+            t = xp.tanh(h)
+            slope = xp.add(t, 1, out=dz[b, i:j])
+            silu = xp.multiply(slope, h, out=h)
+            xp.multiply(silu, dout[b, i:j], out=dy[b, i:j])
+            t *= silu
+            slope += silu
+            slope -= t
             slope *= y[b, i:j]
             slope *= dout[b, i:j]
-            s *= z[b, i:j]
-            xp.multiply(s, dout[b, i:j], out=dy[b, i:j])
+            slope *= 0.5
 
         parallel.for_each(len(self.places), rows)
         return dy, dz

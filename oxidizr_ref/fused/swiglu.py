@@ -48,10 +48,9 @@ class SwiGLU(Function):
         activation, dx = xp.empty_like(gate), xp.empty_like(x)
 
         def rows(i: int, j: int) -> None:
-            activation[i:j] = _activation(gate[i:j], up[i:j])
-            dactivation = xp.matmul(dy[i:j], wd)  # (4) y = activation Wdᵀ
-            # (3) activation = silu(gate) * up; the gradients take the place of gate and up
-            _activation_backward(dactivation, gate[i:j], up[i:j])
+            xp.matmul(dy[i:j], wd, out=activation[i:j])  # (4) y = activation Wdᵀ
+            # (3) activation = silu(gate) * up: computed again, its gradients take the place of gate and up
+            _activation_backward(activation[i:j], gate[i:j], up[i:j])
             xp.matmul(gate[i:j], wg, out=dx[i:j])  # (1) gate = x Wgᵀ
             dx[i:j] += xp.matmul(up[i:j], wu)  # (2) up = x Wuᵀ
 
@@ -61,39 +60,40 @@ class SwiGLU(Function):
 
 
 def _activation(gate: Array, up: Array) -> Array:
-    """``silu(gate) * up``, with sigmoid(v) = tanh(v/2)/2 + 1/2, which cannot overflow."""
+    """``silu(gate) * up``. With h = gate/2 it is ``(1 + tanh(h)) * h * up``, in which no exponential can overflow."""
     xp = xp_of(gate)
     out = xp.empty_like(gate)
     for i, j in parallel.row_tiles(gate.shape[0], gate.shape[1], parallel.CACHED):
-        tile = xp.multiply(gate[i:j], 0.5, out=out[i:j])
-        xp.tanh(tile, out=tile)
+        h = gate[i:j] * 0.5
+        tile = xp.tanh(h, out=out[i:j])
         tile += 1
-        tile *= gate[i:j]
+        tile *= h
         tile *= up[i:j]
-        tile *= 0.5
     return out
 
 
 def _activation_backward(da: Array, gate: Array, up: Array) -> None:
-    """Overwrite gate and up by their gradients, given da of ``a = gate * s * up`` with s = sigmoid(gate).
+    """Overwrite gate and up by their gradients, and their gradient ``da`` by the activation itself.
 
-    ``dgate = da * up * s * (1 + gate * (1 - s))`` and ``dup = da * gate * s``.
+    With h = gate/2 and t = tanh(h): ``silu = (1 + t) h``, ``silu' = ((1 + t) + silu (1 - t)) / 2``.
+    ``dgate = da * up * silu'``, ``dup = da * silu``.
     """
     xp = xp_of(da)
     for i, j in parallel.row_tiles(gate.shape[0], gate.shape[1], parallel.CACHED):
         g, u, d = gate[i:j], up[i:j], da[i:j]
-        s = xp.tanh(g * 0.5)
-        s += 1
-        s *= 0.5
-        d *= s  # da * s
-        u *= d  # da * s * up
-        s -= 1
-        s *= g  # gate * (s - 1)
-        d *= g  # da * s * gate = dup
-        g[...] = u
-        s *= u
-        g -= s  # dgate = da s up - da s up gate (s - 1)
-        u[...] = d
+        h = g * 0.5
+        t = xp.tanh(h)
+        slope = xp.add(t, 1, out=g)
+        silu = xp.multiply(slope, h, out=h)
+        t *= silu
+        slope += silu
+        slope -= t  # 2 silu'
+        slope *= 0.5
+        slope *= u
+        slope *= d  # dgate, where gate was
+        activation = xp.multiply(silu, u, out=t)
+        xp.multiply(silu, d, out=u)  # dup, where up was
+        d[...] = activation
 
 
 @fused(swiglu_ref)
