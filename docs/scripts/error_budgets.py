@@ -28,6 +28,7 @@ def main(models: int) -> None:
                 ]
     print(f"{models} models; the share of its error budget that each tensor of a right program uses up\n")
     print("| precision | tensors | median | 99% | 99.99% | largest | where |\n|---|---|---|---|---|---|---|")
+    used |= {f"{precision}, after AdamW": [pair for pair in used[precision] if ".after`" in pair[1]] for precision in used}
     for precision, pairs in used.items():
         shares = np.array([share for share, _ in pairs])
         quantiles = " | ".join(f"{np.quantile(shares, q):.1%}" for q in (0.5, 0.99, 0.9999, 1.0))

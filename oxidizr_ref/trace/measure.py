@@ -29,7 +29,8 @@ class Distance:
     between neighbouring values of the precision compared in. cosine: of the angle between a and b; factor: what a is best
     multiplied by to give b; NaN where squares overflow. nans: how many elements are NaN in either, or infinite in one and
     not in the same way in the other; of integers, how many differ. beyond: how many elements are further apart than a limit,
-    and first, the first of them. size: how many there are.
+    and first, the first of them. size: how many there are. reach: of a parameter after AdamW, how far a correct program may
+    be led astray by errors of its moments (`trace.budget`); else 0.
     """
 
     max_abs: float = 0.0
@@ -46,6 +47,7 @@ class Distance:
     beyond: int = 0
     first: int | None = None
     size: int = 0
+    reach: float = 0.0
 
 
 @dataclass
