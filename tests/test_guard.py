@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from bench import guard
-from bench.guard import MEMORY, OVER_FLOOR, STEP_LEVEL, THREADS
+from bench.guard import MEMORY, OVER_FLOOR, OVER_TWIN, STEP_LEVEL, THREADS
 
 OP = "backward SwiGLU / floor"
-STORED = {OVER_FLOOR: 2.5, THREADS: 1.8, MEMORY: 6.4, OP: 0.99}
+STORED = {OVER_TWIN: 0.95, OVER_FLOOR: 2.5, THREADS: 1.8, MEMORY: 6.4, OP: 0.99}
 HERE = {"cpu": "this one", "blas": "openblas Haswell", "numpy": "2.4.6", "threads": 2}
 
 
@@ -71,9 +71,16 @@ def test_a_second_look_finds_no_loss_where_the_first_found_none() -> None:
 
 def test_what_is_recorded_is_the_step_and_its_heaviest_ops_in_three_digits() -> None:
     ops = {f"forward {name} / floor": 0.123456 / (i + 1) for i, name in enumerate("ABCDEFGHIJKL")}
-    stored = guard.to_record({**ops, OVER_FLOOR: 2.34567, THREADS: 1.0, MEMORY: 12.3456})
-    assert list(stored) == [*STEP_LEVEL, *list(ops)[: guard.HEAVIEST]]
+    stored = guard.to_record({**ops, OVER_TWIN: 0.98765, OVER_FLOOR: 2.34567, THREADS: 1.0, MEMORY: 12.3456})
+    assert list(stored) == [*STEP_LEVEL, *list(ops)[: guard.HEAVIEST]] and stored[OVER_TWIN] == 0.988
     assert stored[OVER_FLOOR] == 2.35 and stored[MEMORY] == 12.3 and stored["forward A / floor"] == 0.123
+
+
+def test_without_pytorch_its_ratio_is_neither_recorded_nor_lost() -> None:
+    now = {name: value for name, value in STORED.items() if name != OVER_TWIN}
+    assert OVER_TWIN not in guard.to_record(now)
+    (row,) = (row for row in guard.compare(STORED, now) if row.name == OVER_TWIN)
+    assert (row.stored, row.now, row.mark) == (0.95, None, "")
 
 
 def test_an_op_that_is_gone_and_one_that_was_not_recorded_are_no_losses() -> None:
@@ -119,6 +126,7 @@ def store(machine: dict[str, Any]) -> None:
     ("name", "losses", "code", "word"),
     [
         (OVER_FLOOR, (0.11, 0.12), 1, "SLOWER"),
+        (OVER_TWIN, (0.10, 0.10), 1, "SLOWER"),
         (MEMORY, (0.5, 0.5), 1, "LARGER"),
         (THREADS, (0.11, 0.09), 0, ""),
         (OVER_FLOOR, (0.09,), 0, ""),

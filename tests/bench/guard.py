@@ -1,17 +1,19 @@
 """Has training become slower? ``python -m tests.bench.guard [NAME …] [--record] [--rounds N]``.
 
 Times belong to a machine and a moment, so none is stored: only ratios of what one run measures side by side. ``--record``
-writes them to ``ratios.json``; without it they are measured again and compared. NAME is a file of ``configs/`` without its
-``.yaml``, or a bundled model. Of each model:
+writes them to ``ratios.json``; without it they are measured again and compared. Run it at the root of the repository. NAME
+is a file of ``configs/`` without its ``.yaml``, or a bundled model. Of each model:
 
+* *step / PyTorch twin's*: a training step over that of the eager twin, pair by pair (`peers.py`), where PyTorch is installed
+  (the extra ``oracle``, which pins its version);
 * *step / floor*: a training step over the time of its matrix products alone;
 * *1 thread / 2 threads*: what the second thread is worth, the one ratio that should be large (it also falls when one thread
-  alone became faster: then look at the first, and record anew);
+  alone became faster: then look at the first two, and record anew);
 * *peak memory / parameters*: bytes beyond what was there before the first step, over those of the weights;
 * the heaviest ops, forward or backward, over the floor. They say where to look; one step is too noisy to decide.
 
 A ratio that lost 10% is measured again with twice the rounds and marked only if it still has. Ends with 1 if a marked one is
-of the first three kinds, with 2 for a wrong name. On another kind of machine the comparison is printed, and ends with 0.
+of the first four kinds, with 2 for a wrong name. On another kind of machine the comparison is printed, and ends with 0.
 """
 
 from __future__ import annotations
@@ -26,13 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-CONFIGS, RATIOS = HERE / "configs", HERE / "ratios.json"
+from . import peers
+from .contestants import CONTESTANTS
+
+RATIOS = Path(__file__).parent / "ratios.json"
 DEFAULT = ("tiny", "char", "llama8m", "mamba2", "nano")
 
-OVER_FLOOR, THREADS, MEMORY = "step / floor", "1 thread / 2 threads", "peak memory / parameters"
+OVER_TWIN, OVER_FLOOR = "step / PyTorch twin's", "step / floor"
+THREADS, MEMORY = "1 thread / 2 threads", "peak memory / parameters"
+TWIN = "eager"
 #: The ratios that decide.
-STEP_LEVEL = (OVER_FLOOR, THREADS, MEMORY)
+STEP_LEVEL = (OVER_TWIN, OVER_FLOOR, THREADS, MEMORY)
 #: Worse by this factor is a loss; the last digits are those of the division.
 LOSS = 1.10 - 1e-9
 #: So many of the ops that take longest are recorded.
@@ -108,28 +114,17 @@ def table(model: str, rows: Sequence[Row]) -> str:
 
 def machine() -> dict[str, Any]:
     """The class of machine that numbers belong to: CPU model, BLAS kernel, NumPy, threads."""
-    import platform
-
     import numpy as np
 
     from oxidizr_ref import parallel
 
     blas = parallel.blas_info()[0]
     return {
-        "cpu": _cpu_model() or platform.processor() or platform.machine(),
+        "cpu": peers.cpu_model(),
         "blas": " ".join(str(blas.get(key)) for key in ("internal_api", "version", "architecture")),
         "numpy": np.__version__,
         "threads": parallel.get_threads(),
     }
-
-
-def _cpu_model() -> str:
-    """As Linux names it, else nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def bench(config: str, rounds: int, threads: int) -> dict[str, Any]:
@@ -152,7 +147,16 @@ def measure(config: str, rounds: int) -> dict[str, float]:
     }
     for op in both[0]["ops"]:
         ratios[f"{op} / floor"] = statistics.median(two["ops"].get(op, 0.0) / two["floor"]["median"] for two in both)
-    return ratios
+    return ratios | beside_twin(config, rounds)
+
+
+def beside_twin(config: str, rounds: int) -> dict[str, float]:
+    """The ratio to the PyTorch twin; nothing where there is no twin or no PyTorch."""
+    from oxidizr_ref.config import load_config
+
+    if peers.missing(TWIN) or not CONTESTANTS[TWIN].suits(load_config(config).model):
+        return {}
+    return {OVER_TWIN: statistics.median(peers.compare(config, [TWIN], rounds, threads=2)[TWIN].ratios)}
 
 
 def bytes_of_a_number(config: str) -> int:
@@ -169,7 +173,7 @@ def bytes_of_a_number(config: str) -> int:
 def to_record(ratios: Ratios) -> dict[str, float]:
     """What is stored of a model: the ratios that decide and the heaviest ops, three significant digits each."""
     ops = sorted(ratios.keys() - set(STEP_LEVEL), key=lambda name: (-ratios[name], name))[:HEAVIEST]
-    return {name: float(f"{ratios[name]:.3g}") for name in (*STEP_LEVEL, *ops)}
+    return {name: float(f"{ratios[name]:.3g}") for name in (*STEP_LEVEL, *ops) if name in ratios}
 
 
 def merged(stored: Mapping[str, Any], of_machine: Mapping[str, Any], models: Mapping[str, Ratios]) -> dict[str, Any]:
@@ -200,21 +204,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    configs = {name: config_of(name, parser) for name in options.names or DEFAULT}
+    configs = {name: peers.config_of(name, parser) for name in options.names or DEFAULT}
     return record(configs, options.rounds) if options.record else check(configs, options.rounds)
-
-
-def config_of(name: str, parser: argparse.ArgumentParser) -> str:
-    """The config that a name means; ends the program if it means none."""
-    from oxidizr_ref.config import bundled_config_path
-
-    path = CONFIGS / f"{name}.yaml"
-    if path.exists():
-        return str(path)
-    if bundled_config_path(name) is None:
-        there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))) or "none"
-        parser.error(f"{name}: neither in {CONFIGS.name}/ (there are: {there}) nor a bundled model")
-    return name
 
 
 def record(configs: Mapping[str, str], rounds: int) -> int:
