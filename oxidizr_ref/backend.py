@@ -28,6 +28,8 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 
+_COMPUTED_IN = {STORAGE_DTYPES["f64"], STORAGE_DTYPES["f32"]}
+
 
 def xp_of(x: Array) -> Any:
     """The module that ``x`` belongs to: ``numpy``, or ``cupy`` for an array on a CUDA device."""
@@ -38,14 +40,14 @@ def xp_of(x: Array) -> Any:
 
 def compute_dtype(storage: Any) -> np.dtype[Any]:
     """The dtype arithmetic is done in: float64 for float64 storage, else float32."""
-    return np.dtype(np.float64) if np.dtype(storage) == np.float64 else np.dtype(np.float32)
+    return STORAGE_DTYPES["f64"] if np.dtype(storage) == np.float64 else STORAGE_DTYPES["f32"]
 
 
 def to_compute(x: Array) -> Array:
     """``x`` in its compute dtype; ``x`` itself where it already is, and where it holds integers or booleans."""
-    if x.dtype.kind in "iub":
+    if x.dtype in _COMPUTED_IN or x.dtype.kind in "iub":
         return x
-    return x.astype(compute_dtype(x.dtype), copy=False)
+    return x.astype(np.float32)
 
 
 def owned(x: Array) -> Array:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype
 from oxidizr_ref.config import Config, ModelConfig
-from oxidizr_ref.fused.linear_cross_entropy import FEWEST_TOKENS, LOGITS
+from oxidizr_ref.fused.linear_cross_entropy import tokens_of_a_chunk
 from oxidizr_ref.fused.selective_scan import BLOCK
 from oxidizr_ref.layers.feed_forward import MixtureOfExperts
 from oxidizr_ref.model import AttentionLayer, LanguageModel, MambaLayer
@@ -292,7 +292,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
     # While a micro-batch runs, the gradient tree holds a partial sum for every set bit of the number already done.
     partial_sums = max(done.bit_count() for done in range(t.gradient_accumulation))
     tokens = t.batch_size * m.max_seq_len
-    logits = min(tokens, max(FEWEST_TOKENS, LOGITS // m.vocab_size)) * m.vocab_size * compute_bytes
+    logits = min(tokens, tokens_of_a_chunk(m.vocab_size)) * m.vocab_size * compute_bytes
     # The logits are gone when the backward pass begins: what passes there takes their place.
     passing = max(0, max(part.passing for part in parts) - logits)
     return MemoryEstimate(

@@ -6,7 +6,7 @@ Glossary: ``exp_avg``, ``exp_avg_sq`` are the moments m and v of the paper; ``n`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -37,7 +37,7 @@ def global_norm(gradients: Mapping[str, Array]) -> float:
         tile = gradients[name].reshape(-1)[i:j].astype(np.float64)
         squares[index] = float(xp_of(tile).dot(tile, tile))
 
-    parallel.for_each(len(pieces), square)
+    _for_pieces(pieces, square)
     return math.sqrt(parallel.tree_sum(squares)) if squares else 0.0
 
 
@@ -101,7 +101,7 @@ class AdamW:
         def update(index: int) -> None:
             self._update(*self._pieces[index], gradients, rate, gradient_scale)
 
-        parallel.for_each(len(self._pieces), update)
+        _for_pieces(self._pieces, update)
 
     def _update(self, name: str, i: int, j: int, gradients: Mapping[str, Array], lr: float, scale: float) -> None:
         """Elements i … j-1 of one parameter, all steps of the algorithm in one pass through the cache."""
@@ -174,7 +174,7 @@ def first_not_finite(arrays: Mapping[str, Array]) -> str | None:
         tile = arrays[name].reshape(-1)[i:j]
         finite[index] = bool(xp_of(tile).isfinite(tile).all())
 
-    parallel.for_each(len(pieces), check)
+    _for_pieces(pieces, check)
     return next((pieces[index][0] for index, whole in enumerate(finite) if not whole), None)
 
 
@@ -182,6 +182,27 @@ def _zeros_like(array: Array) -> Array:
     return xp_of(array).zeros(array.shape, dtype=compute_dtype(array.dtype))
 
 
-def _pieces(arrays: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """All arrays, in name order, cut into tiles: (name, start, stop) over the flattened array."""
+Piece = tuple[str, int, int]
+
+
+def _pieces(arrays: Mapping[str, Any]) -> list[Piece]:
+    """All arrays, in name order, cut into pieces: (name, start, stop) over the flattened array."""
     return [(name, i, j) for name in sorted(arrays) for i, j in parallel.tiles(arrays[name].size, parallel.ELEMENTS)]
+
+
+def _for_pieces(pieces: Sequence[Piece], work: Callable[[int], None]) -> None:
+    """Call ``work(index)`` for every piece. Small ones (norms, biases) share a tile: alone they are not worth a thread."""
+    tiles: list[list[int]] = []
+    room = 0
+    for index, (_, i, j) in enumerate(pieces):
+        if room < j - i:
+            tiles.append([])
+            room = parallel.ELEMENTS
+        tiles[-1].append(index)
+        room -= j - i
+
+    def tile(number: int) -> None:
+        for index in tiles[number]:
+            work(index)
+
+    parallel.for_each(len(tiles), tile)

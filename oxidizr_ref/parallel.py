@@ -118,6 +118,9 @@ def for_each(count: int, work: Callable[[int], None]) -> None:
 
     ``work`` must write only to places that belong to its i. The first exception (lowest i) is raised after all are done.
     """
+    if count == 1 and getattr(_inside_a_tile, "hurry", None) is None:  # in a small model, nearly always
+        work(0)
+        return
     tickets = iter(range(count))  # next() on a range iterator is atomic
     errors: list[tuple[int, BaseException]] = []
     finished: SimpleQueue[None] = SimpleQueue()
@@ -204,11 +207,14 @@ def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None
     for_each(len(borders), lambda index: work(*borders[index]))
 
 
-def product_tiles(extent: int) -> list[Tile]:
+def product_tiles(extent: int, each: int) -> list[Tile]:
     """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call.
 
-    Two tiles up to 1,024 rows, four up to 4,096, then 1,024 rows each; never fewer than 128.
+    Two tiles up to 1,024 rows, four up to 4,096, then 1,024 rows each; never fewer than 128. A single one where all is less
+    than `SMALL_PRODUCT`. each: multiplications that a row takes.
     """
+    if extent * each < SMALL_PRODUCT:
+        return [(0, extent)]
     half, quarter = (-(-extent // parts // 64) * 64 for parts in (2, 4))
     return tiles(extent, max(FEWEST_ROWS, min(ROWS, half), min(2 * ROWS, quarter)))
 
@@ -223,7 +229,7 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
 
 def matmuls(*pairs: tuple[Array, Array]) -> tuple[Array, ...]:
     """Several independent products, each as `matmul` does it, in one go: threads are woken once."""
-    if all(a.shape[0] * a.shape[1] * b.shape[1] < SMALL_PRODUCT for a, b in pairs):
+    if sum(a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairs) < SMALL_PRODUCT:
         return tuple(matmul(a, b) for a, b in pairs)
     outs = tuple(xp_of(a).empty((a.shape[0], b.shape[1]), dtype=a.dtype) for a, b in pairs)
     _run_products([part for (a, b), out in zip(pairs, outs, strict=True) for part in _product_tiles_of(a, b, out)])
@@ -235,11 +241,9 @@ Product = tuple[Array, Array, Array]
 
 def _product_tiles_of(a: Array, b: Array, out: Array) -> list[Product]:
     (m, k), n = a.shape, b.shape[1]
-    if m * n * k < SMALL_PRODUCT:
-        return [(a, b, out)]
     if m >= n:
-        return [(a[i:j], b, out[i:j]) for i, j in product_tiles(m)]
-    return [(a, b[:, i:j], out[:, i:j]) for i, j in product_tiles(n)]
+        return [(a[i:j], b, out[i:j]) for i, j in product_tiles(m, n * k)]
+    return [(a, b[:, i:j], out[:, i:j]) for i, j in product_tiles(n, m * k)]
 
 
 def _run_products(products: list[Product]) -> None:
@@ -257,7 +261,7 @@ def add_matmul(out: Array, a: Array, b: Array) -> None:
     def rows(i: int, j: int) -> None:
         out[i:j] += xp.matmul(a[i:j], b)
 
-    for_tiles(product_tiles(m) if m * n * k >= SMALL_PRODUCT else [(0, m)], rows)
+    for_tiles(product_tiles(m, n * k), rows)
 
 
 def add(a: Array, b: Array) -> Array:

@@ -66,6 +66,7 @@ class Trainer:
         data = data or open_data(config)
         self.tokenizer, self.windows = data.tokenizer, data.windows
         self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
+        self._parameters = dict(model.named_parameters())
         self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
         self.store = CheckpointStore(Path(t.checkpoint_dir), Retention(t.max_checkpoints, t.keep_every, t.keep_best))
         self.saver = Saver(self.store, background=t.async_save)
@@ -111,7 +112,7 @@ class Trainer:
         lr, factor = self.learning_rate(n), optim.clip_factor(norm, t.max_grad_norm)
         self.witness.gradients(summed, norm, factor, lr)
         self.optimizer.step(summed, lr, factor)
-        self.witness.updated(self.model.state_dict(), self.optimizer.state_dict())
+        self.witness.updated(self.optimizer.arrays, self.optimizer.state_dict())
         self.step = n
         self.cursor += self.windows_a_step
         return {
@@ -138,9 +139,9 @@ class Trainer:
     def _take_gradients(self) -> Gradients:
         """This micro-batch's gradients by name, leaving none behind; a parameter without one counts as zero."""
         taken = {}
-        for name, p in self.model.named_parameters():
+        for name, p in self._parameters.items():
             taken[name] = p.grad if p.grad is not None else xp_of(p.data).zeros(p.shape, compute_dtype(p.dtype))
-        self.model.zero_grad()
+            p.grad = None
         return taken
 
     def _must_be_finite(self, n: int, what: str, value: float) -> None:

@@ -51,7 +51,7 @@ def cut(product: int, **constants: int) -> Iterator[None]:
     """Other tile sizes everywhere; ``product`` rows a tile of every matrix product, however small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "SMALL_PRODUCT", 0)
-        patch.setattr(parallel, "product_tiles", lambda extent: parallel.tiles(extent, product))
+        patch.setattr(parallel, "product_tiles", lambda extent, _: parallel.tiles(extent, product))
         patch.setattr(lce_module, "FEWEST_TOKENS", 1)
         for name, (module, constant) in CONSTANTS.items():
             patch.setattr(module, constant, constants[name])
@@ -141,7 +141,7 @@ def test_fused_gives_the_same_bits_for_any_number_of_threads_over_three_or_more_
         patch.setattr(attention_module, "SCORES", 1 << 16)
         patch.setattr(parallel, "ELEMENTS", 1 << 16)
         patch.setattr(parallel, "CACHED", 1 << 14)
-        patch.setattr(parallel, "product_tiles", lambda extent: parallel.tiles(extent, 128))
+        patch.setattr(parallel, "product_tiles", lambda extent, _: parallel.tiles(extent, 128))
         for threads in (1, 2, 3, 5, 8):
             parallel.set_threads(threads)
             with recorded_tile_counts() as counts:
@@ -222,7 +222,8 @@ def test_every_constant_that_cuts_a_fused_op_is_varied_here() -> None:
     varied = {(module.__name__, name) for module, name in CONSTANTS.values()}
     others = {
         *((parallel.__name__, name) for name in ("SMALL_PRODUCT", "ROWS", "FEWEST_ROWS")),
-        (lce_module.__name__, "FEWEST_TOKENS"),
+        (attention_module.__name__, "FEWEST_SCORES"),
+        *((lce_module.__name__, name) for name in ("FEWEST_TOKENS", "ENOUGH_TOKENS", "ENOUGH_LOGITS")),
     }
     assert found == varied | others
 

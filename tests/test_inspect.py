@@ -22,6 +22,7 @@ from oxidizr_ref.checkpoint import contents, difference, format, header
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.cli import inspect as cli_inspect
 from oxidizr_ref.cli import words
+from oxidizr_ref.version import NUMERICS_VERSION
 
 FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 NOT_VERIFIED = "header proved whole; payload not verified, see `oxidizr-ref verify`"
@@ -78,7 +79,7 @@ def test_progress_config_origin_and_totals_are_shown(finished: tiny.Run, capsys:
     metadata = format.read_header(finished.path(3)).metadata
     for text in (
         f"{size:,} bytes, 36 tensors",
-        "format 1, numerics 1",
+        f"format 1, numerics {NUMERICS_VERSION}",
         "step 3, epoch 0, cursor 12, tokens_seen 96,",
         "hidden_size 16,",
         "learning_rate 0.5,",

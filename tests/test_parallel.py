@@ -229,18 +229,24 @@ def test_row_tiles_cover_every_row_once_within_their_number_of_elements(rows: in
     assert all((j - i) * width <= max(width, elements or parallel.ELEMENTS) for i, j in borders)
 
 
-@given(extent=st.integers(0, 100_000))
+@given(extent=st.integers(1, 100_000))
 def test_product_tiles_cover_the_side_once_in_coarse_tiles_at_multiples_of_64(extent: int) -> None:
-    borders = parallel.product_tiles(extent)
-    assert [i for i, _ in borders] == [0, *(j for _, j in borders[:-1])][: len(borders)]
-    assert (borders[-1][1] if borders else 0) == extent
+    borders = parallel.product_tiles(extent, parallel.SMALL_PRODUCT)
+    assert [i for i, _ in borders] == [0, *(j for _, j in borders[:-1])]
+    assert borders[-1][1] == extent
     assert all(i % 64 == 0 and 0 < j - i <= 1024 for i, j in borders)
     assert all(j - i >= 128 for i, j in borders[:-1])
 
 
+@given(extent=st.integers(0, 10_000), each=st.integers(0, 10_000))
+def test_a_product_that_is_not_worth_a_second_thread_is_one_tile(extent: int, each: int) -> None:
+    whole = parallel.product_tiles(extent, each) == [(0, extent)]
+    assert whole == (extent * each < parallel.SMALL_PRODUCT or extent <= parallel.FEWEST_ROWS)
+
+
 def test_how_work_is_cut_never_depends_on_the_number_of_threads() -> None:
     def all_cuts() -> list[Any]:
-        return [parallel.tiles(1000, 77), parallel.row_tiles(5000, 33), parallel.product_tiles(3000)]
+        return [parallel.tiles(1000, 77), parallel.row_tiles(5000, 33), parallel.product_tiles(3000, 3000)]
 
     parallel.set_threads(1)
     first = all_cuts()
@@ -279,9 +285,8 @@ def test_matmul_equals_numpys_product_of_each_tile_to_the_bit(
     a, b = operands(m, k, n, dtype, transposed)
     wanted = np.empty((m, n), dtype)
     by_rows = m >= n
-    cut = m * n * k >= parallel.SMALL_PRODUCT
     extent = m if by_rows else n
-    borders = parallel.product_tiles(extent) if cut else [(0, extent)]
+    borders = parallel.product_tiles(extent, m * n * k // max(1, extent))
     for i, j in borders:
         if by_rows:
             np.matmul(a[i:j], b, out=wanted[i:j])
@@ -303,8 +308,7 @@ def test_add_matmul_adds_numpys_product_of_each_tile_to_the_bit(shape: tuple[int
     a, b = operands(m, k, n, np.float32, transposed)
     start = np.random.default_rng(1).standard_normal((m, n)).astype(np.float32)
     wanted = start.copy()
-    cut = m * n * k >= parallel.SMALL_PRODUCT
-    for i, j in parallel.product_tiles(m) if cut else [(0, m)]:
+    for i, j in parallel.product_tiles(m, n * k):
         wanted[i:j] += np.matmul(a[i:j], b)
     for threads in THREADS:
         parallel.set_threads(threads)
@@ -314,8 +318,8 @@ def test_add_matmul_adds_numpys_product_of_each_tile_to_the_bit(shape: tuple[int
 
 
 def test_products_above_span_three_tiles_where_they_are_cut() -> None:
-    assert len(parallel.product_tiles(1300)) >= 3
-    assert len(parallel.product_tiles(1025)) >= 3
+    assert len(parallel.product_tiles(1300, 300 * 100)) >= 3
+    assert len(parallel.product_tiles(1025, 129 * 257)) >= 3
 
 
 # --- BLAS -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from growth_sweeps import SWEEPS, WIDTH, Sweep
 
 from oxidizr_ref.cli.words import size_of
-from oxidizr_ref.fused.linear_cross_entropy import FEWEST_TOKENS, LOGITS
+from oxidizr_ref.fused.linear_cross_entropy import ENOUGH_TOKENS, FEWEST_TOKENS, LOGITS, tokens_of_a_chunk
 
 BEGIN, END = "<!-- growth:begin -->", "<!-- growth:end -->"
 EMPTY_PAGE = f"# Performance\n\n{BEGIN}\n{END}\n"
@@ -64,9 +64,10 @@ never more than a chunk, as the next section shows.
 CROSS_ENTROPY_TEXT = """### The cross-entropy alone
 
 `linear_cross_entropy`, forward and backward, width {width}; memory beyond inputs and gradients. All logits would be tokens ×
-vocabulary numbers. A chunk of them is all that ever exists: {chunk} MiB in float32 (dashed), but no fewer than {fewest}
-tokens, so that from a vocabulary of {border:,} on a chunk grows with the vocabulary; it never does with the tokens. Time is
-linear in tokens × vocabulary (exponent {time:.2f}); memory does not grow with it (dotted: all logits).
+vocabulary numbers. A chunk of them is all that ever exists: those of {enough:,} tokens; of fewer, where they would take
+more than {chunk} MiB in float32 (dashed), but no fewer than {fewest}, so that from a vocabulary of {border:,} on a chunk
+grows with the vocabulary again. With the tokens it never does. Time is linear in tokens × vocabulary (exponent {time:.2f});
+memory does not grow with it (dotted: all logits).
 
 ![Time and memory of the cross-entropy alone](images/growth_cross-entropy.svg)
 
@@ -108,7 +109,7 @@ def grid(points: Points) -> dict[int, dict[int, Point]]:
 
 def chunk_bytes(vocabulary: int) -> int:
     """Of the largest chunk of logits, in float32."""
-    return 4 * vocabulary * max(FEWEST_TOKENS, LOGITS // vocabulary)
+    return 4 * vocabulary * tokens_of_a_chunk(vocabulary)
 
 
 def cross_entropy_exponent(points: Points) -> float:
@@ -191,6 +192,7 @@ def cross_entropy_part(points: Points) -> str:
         rows.append(f"| {vocabulary:,} | {' | '.join(cells)} |")
     text = CROSS_ENTROPY_TEXT.format(
         width=WIDTH,
+        enough=ENOUGH_TOKENS,
         chunk=4 * LOGITS // MIB,
         fewest=FEWEST_TOKENS,
         border=LOGITS // FEWEST_TOKENS,
@@ -259,6 +261,6 @@ def draw_cross_entropy(axes: Any, points: Points) -> None:
     line = [at["step"] * (x / ends[1]) ** fitted for x in ends]
     time.plot(ends, line, color="gray", linestyle=":", label=f"exponent {fitted:.2f}")
     memory.plot(ends, [4e-6 * x for x in ends], color="gray", linestyle=":", label="all logits: exponent 1")
-    memory.axhline(4e-6 * LOGITS, color="gray", linestyle="--", label="a chunk of logits: exponent 0")
+    memory.axhline(4e-6 * LOGITS, color="gray", linestyle="--", label="the largest chunk of logits: exponent 0")
     time.set(xlabel="tokens × vocabulary", ylabel="time of forward and backward (s)")
     memory.set(xlabel="tokens × vocabulary", ylabel="peak beyond inputs and gradients (MB)")

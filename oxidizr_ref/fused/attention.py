@@ -23,8 +23,8 @@ from oxidizr_ref.fused.rows import column_sums, row_sums
 from oxidizr_ref.watch import named
 
 QUERY_BLOCK = 64
-#: Scores of one tile of heads: what one core works on at a time.
-SCORES = 1 << 19
+#: Scores of one tile of heads, what one core works on at a time: at most, and what a second tile must be worth.
+SCORES, FEWEST_SCORES = 1 << 19, 1 << 16
 
 
 def causal_mask(queries: int, keys: int) -> np.ndarray[Any, Any]:
@@ -118,7 +118,8 @@ class _Plan:
     def __init__(self, B: int, T: int, S: int, K: int, G: int) -> None:
         self.group = G
         one_head = max(1, G * min(T, QUERY_BLOCK) * S)
-        sequences, heads = max(1, SCORES // (K * one_head)), min(K, max(1, SCORES // one_head))
+        size = min(SCORES, max(FEWEST_SCORES, -(-B // 2) * K * one_head if B > 1 else -(-K // 2) * one_head))
+        sequences, heads = max(1, size // (K * one_head)), min(K, max(1, size // one_head))
         self._places = [
             (slice(*batch), slice(*head)) for batch in parallel.tiles(B, sequences) for head in parallel.tiles(K, heads)
         ]

@@ -15,10 +15,18 @@ from oxidizr_ref.fused.register import fused
 from oxidizr_ref.fused.rows import row_sums
 from oxidizr_ref.watch import named
 
-#: Logits of one chunk: 128 MiB in float32. Fewer, and a large vocabulary's weight gradient is added to too often.
+#: Logits of one chunk, at most: 128 MiB in float32. Fewer, and a large vocabulary's weight gradient is added to too often.
 LOGITS = 1 << 25
+#: More than as many tokens, or as many logits, only take memory.
+ENOUGH_TOKENS, ENOUGH_LOGITS = 1 << 10, 1 << 22
 #: Fewer tokens than this in a chunk would leave the matrix products waiting for memory.
 FEWEST_TOKENS = 64
+
+
+def tokens_of_a_chunk(vocabulary: int) -> int:
+    """How many tokens' logits exist at a time."""
+    logits = min(LOGITS, max(ENOUGH_TOKENS * vocabulary, ENOUGH_LOGITS))
+    return max(FEWEST_TOKENS, logits // vocabulary)
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Array, divisor: float) -> Tensor:
@@ -39,7 +47,7 @@ class LinearCrossEntropy(Function):
         dh = xp.empty_like(h) if self.needs[0] else None
         dw = xp.zeros(w.shape, dtype=w.dtype) if self.needs[1] else None
 
-        chunks = parallel.tiles(h.shape[0], max(FEWEST_TOKENS, LOGITS // w.shape[0]))
+        chunks = parallel.tiles(h.shape[0], tokens_of_a_chunk(w.shape[0]))
         buffer = xp.empty((chunks[0][1] if chunks else 0, w.shape[0]), dtype=h.dtype)
         for i, j in chunks:
             logits = parallel.matmul(h[i:j], w.T, out=buffer[: j - i])  # (1)

@@ -58,14 +58,15 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     cos, sin = xp.concatenate([cos, cos], axis=-1), xp.concatenate([-sin, sin], axis=-1)
     y = xp.empty(x.shape, dtype=x.dtype)
     width = math.prod(x.shape[2:])
-    places = [(b, i, j) for b in range(x.shape[0]) for i, j in parallel.row_tiles(x.shape[1], width)]
+    steps, sequences = parallel.row_tiles(x.shape[1], width), parallel.row_tiles(x.shape[0], x.shape[1] * width)
+    places = [(b, i) for b in sequences for i in steps]
 
     def rows(index: int) -> None:
-        b, i, j = places[index]
-        tile = x[b, i:j]
+        b, i = map(slice, *zip(*places[index], strict=True))
+        tile = x[b, i]
         swapped = xp.concatenate([tile[..., half:], tile[..., :half]], axis=-1)
-        swapped *= sin[i:j]
-        tile = xp.multiply(tile, cos[i:j], out=y[b, i:j])
+        swapped *= sin[i]
+        tile = xp.multiply(tile, cos[i], out=y[b, i])
         tile += swapped
 
     parallel.for_each(len(places), rows)

@@ -37,7 +37,7 @@ class SwiGLU(Function):
             xp.matmul(x[i:j], wu.T, out=up[i:j])  # (2)
             xp.matmul(_activation(gate[i:j], up[i:j]), wd.T, out=y[i:j])  # (3), (4)
 
-        parallel.for_tiles(parallel.product_tiles(x.shape[0]), rows)
+        parallel.for_tiles(_tiles(x, wd), rows)
         self.x, self.gate, self.up = x, gate, up
         return y.reshape(*shape[:-1], wd.shape[0])
 
@@ -54,9 +54,13 @@ class SwiGLU(Function):
             xp.matmul(gate[i:j], wg, out=dx[i:j])  # (1) gate = x Wgᵀ
             dx[i:j] += xp.matmul(up[i:j], wu)  # (2) up = x Wuᵀ
 
-        parallel.for_tiles(parallel.product_tiles(x.shape[0]), rows)
+        parallel.for_tiles(_tiles(x, wd), rows)
         dgate, dup = gate, up
         return (dx.reshape(*shape[:-1], x.shape[1]), *parallel.matmuls((dgate.T, x), (dup.T, x), (dy.T, activation)))
+
+
+def _tiles(x: Array, wd: Array) -> list[parallel.Tile]:
+    return parallel.product_tiles(x.shape[0], 3 * wd.size)
 
 
 def _activation(gate: Array, up: Array) -> Array:
