@@ -28,12 +28,13 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 
+_HOST = (np.ndarray, np.generic)
 _COMPUTED_IN = {STORAGE_DTYPES["f64"], STORAGE_DTYPES["f32"]}
 
 
 def xp_of(x: Array) -> Any:
     """The module that ``x`` belongs to: ``numpy``, or ``cupy`` for an array on a CUDA device."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, _HOST):
         return np
     return sys.modules[type(x).__module__.partition(".")[0]]
 
@@ -88,7 +89,7 @@ def _why_no_gpu() -> str | None:
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:
     """``x`` as a NumPy array (a copy when it lives on a device)."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, _HOST):
         return np.asarray(x)
     host: np.ndarray[Any, Any] = x.get()
     return host

@@ -56,7 +56,7 @@ def _norm(n: int, width: int, groups: int = 1) -> int:
 def _embedding(m: ModelConfig, B: int, T: int) -> Kept:
     """The token ids, and the cosines and sines of rotary positions, which all attention layers share."""
     width = m.d_rope if m.uses_mla else m.head_dim
-    return Kept(T * width if "attention" in m.layer_kinds else 0, integers=B * T)
+    return Kept(2 * T * width if "attention" in m.layer_kinds else 0, integers=B * T)
 
 
 def _gqa(m: ModelConfig, B: int, T: int) -> Kept:

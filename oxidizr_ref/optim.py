@@ -109,20 +109,20 @@ class AdamW:
         stored = self.arrays[name].reshape(-1)[i:j]
         m, v = (self.slots[slot][name].reshape(-1)[i:j] for slot in self.SLOTS)
         xp = xp_of(stored)
-        g = gradients[name].reshape(-1)[i:j] * scale
         # m = β1 m + (1 - β1) g;  v = β2 v + (1 - β2) g²
+        g = gradients[name].reshape(-1)[i:j] * ((1 - beta1) * scale)
         m *= beta1
-        m += g * (1 - beta1)
-        v *= beta2
+        m += g
         g *= g
-        g *= 1 - beta2
+        g *= (1 - beta2) / (1 - beta1) ** 2
+        v *= beta2
         v += g
-        # p = p - lr wd p - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1 - β1ⁿ),  v̂ = v / (1 - β2ⁿ)
+        # p = p - lr wd p - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1 - β1ⁿ),  v̂ = v / (1 - β2ⁿ) = v / root²
+        root = math.sqrt(1 - beta2**n)
         denominator = xp.sqrt(v, out=g)
-        denominator /= math.sqrt(1 - beta2**n)
-        denominator += self.eps
+        denominator += self.eps * root
         update = xp.divide(m, denominator, out=g)
-        update *= lr / (1 - beta1**n)
+        update *= lr * root / (1 - beta1**n)
         p = to_compute(stored)  # the parameter itself where it is stored in its compute dtype
         if decays(name):
             p *= 1 - lr * self.weight_decay
@@ -197,7 +197,7 @@ def _for_pieces(pieces: Sequence[Piece], work: Callable[[int], None]) -> None:
     for index, (_, i, j) in enumerate(pieces):
         if room < j - i:
             tiles.append([])
-            room = parallel.ELEMENTS
+            room = 2 * parallel.ELEMENTS
         tiles[-1].append(index)
         room -= j - i
 

@@ -55,7 +55,7 @@ CACHED = 1 << 17
 #: How long work that is in no hurry rests, in units of the time it worked.
 _REST = 3
 #: A matrix product with fewer multiplications than this is not worth waking a thread for.
-SMALL_PRODUCT = 1 << 23
+SMALL_PRODUCT = 10_000_000
 
 #: Rows of a tile of a matrix product: as a rule, and at least. More of them, and BLAS packs its other operand less often.
 ROWS, FEWEST_ROWS = 512, 128

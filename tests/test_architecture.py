@@ -104,6 +104,7 @@ HOST_CALLS = {
     "fused/rope.py": {
         "arange": "the tables of angles are made on the host, once",
         "outer": "the tables of angles are made on the host, once",
+        "concatenate": "the tables of angles are made on the host, once",
         "cos": "the tables of angles are made on the host, once",
         "sin": "the tables of angles are made on the host, once",
     },

@@ -949,7 +949,7 @@ def test_files_that_are_no_step_files_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        (("--set", "trainer.learning_rate=1e38"), "a number in"),
+        (("--set", "trainer.learning_rate=1e39"), "a number in"),
         (("--dtype", "f16", "--set", "trainer.learning_rate=1e5"), "a number in"),
         (("--set", "trainer.weight_decay=1e300"), "a number in"),
     ],

@@ -28,6 +28,13 @@ def _host_tables(start: int, stop: int, width: int, theta: float, dtype: str) ->
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def _tables_of_heads(*key: Any) -> tuple[np.ndarray[Any, Any], ...]:
+    """``[cos, cos]`` and ``[-sin, sin]``, for whole heads, each ``[time, 1, width]``; arguments as of `_host_tables`."""
+    cos, sin = _host_tables(*key)
+    return np.concatenate([cos, cos], axis=-1)[:, None], np.concatenate([-sin, sin], axis=-1)[:, None]
+
+
 def rope_tables(start: int, stop: int, like: Array, theta: float) -> tuple[Array, Array]:
     """cos and sin of the angles at positions start … stop-1, computed in float64. Each ``[stop-start, 1, width/2]``."""
     cos, sin = _host_tables(start, stop, like.shape[-1], theta, like.dtype.name)
@@ -44,7 +51,8 @@ def rope_ref(x: Tensor, theta: float, start: int = 0) -> Tensor:
 
 class RoPE(Function):
     def forward(self, x: Array, *, theta: float, start: int) -> Array:
-        self.cos, self.sin = rope_tables(start, start + x.shape[1], x, theta)
+        tables = _tables_of_heads(start, start + x.shape[1], x.shape[-1], theta, x.dtype.name)
+        self.cos, self.sin = (to_device(table, x) for table in tables)
         return _rotate(x, self.cos, self.sin)
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
@@ -55,7 +63,6 @@ class RoPE(Function):
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """``y = x [cos, cos] + [x2, x1] [-sin, sin]``: rows of whole heads are longer, thus faster, than rows of half ones."""
     xp, half = xp_of(x), x.shape[-1] // 2
-    cos, sin = xp.concatenate([cos, cos], axis=-1), xp.concatenate([-sin, sin], axis=-1)
     y = xp.empty(x.shape, dtype=x.dtype)
     width = math.prod(x.shape[2:])
     steps, sequences = parallel.row_tiles(x.shape[1], width), parallel.row_tiles(x.shape[0], x.shape[1] * width)
