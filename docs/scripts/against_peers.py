@@ -136,7 +136,8 @@ def section(numbers: Mapping[str, Any]) -> str:
         if name in numbers:
             of = numbers[name]
             cells = " | ".join(cell(of, column, GOALS[name].get(column)) for column in COLUMNS)
-            rows.append(f"| `{name}` | {of['step'] * 1e3:.3g} | {cells} |")
+            ms = of["step"] * 1e3
+            rows.append(f"| `{name}` | {f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}'} | {cells} |")
     return "\n".join([head, *rows])
 
 
