@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from oxidizr_ref import parallel
-from oxidizr_ref.backend import Array, compute_dtype, owned, to_compute, xp_of
+from oxidizr_ref.backend import Array, compute_dtype, on_device, owned, to_compute, xp_of
 from oxidizr_ref.watch import watching
+
+F = TypeVar("F", bound="type[Function]")
 
 _gradients_wanted: ContextVar[bool] = ContextVar("gradients_wanted", default=True)
 
@@ -143,6 +145,8 @@ class Function:
 
     #: Inputs arrive in their compute dtype. Ops that cast tile by tile themselves set this to False.
     casts_inputs: ClassVar[bool] = True
+    #: The same op as CUDA kernels. Without them `forward` and `backward` work on a device as they are.
+    kernels: ClassVar[type[Function] | None] = None
 
     forward: Callable[..., Array]
     backward: Callable[..., tuple[Array | None, ...]]
@@ -154,10 +158,10 @@ class Function:
     @classmethod
     def apply(cls, *inputs: Tensor, **options: Any) -> Tensor:
         """Compute the op on ``inputs`` and, if any of them wants a gradient, remember it."""
-        node = cls()
+        node = cls.kernels() if cls.kernels is not None and on_device(inputs[0].data) else cls()
         wanted = _gradients_wanted.get()
         node.needs = tuple(wanted and x.requires_grad for x in inputs)
-        arrays = [to_compute(x.data) if cls.casts_inputs else x.data for x in inputs]
+        arrays = [to_compute(x.data) if node.casts_inputs else x.data for x in inputs]
         watcher = watching()
         if watcher is not None:
             arrays = watcher.operands(node, arrays)
@@ -170,6 +174,12 @@ class Function:
             node.input_shapes = tuple(x.shape for x in inputs)
             result.node = node
         return result
+
+    @classmethod
+    def on_device(cls, kernels: F) -> F:
+        """Decorate the `Function` that does on a device, with kernels, what this one does: same inputs, same options."""
+        cls.kernels = kernels
+        return kernels
 
     def differentiate(self, dy: Array) -> tuple[Array | None, ...]:
         """`backward`, with the promise checked that each gradient has its input's shape."""

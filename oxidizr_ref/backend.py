@@ -1,7 +1,9 @@
 """The array-module shim: NumPy or CuPy, decided by the array itself.
 
 No global "current device" exists. Code that needs a module asks for the one its operands live in, ``xp = xp_of(x)``, and
-works on either. Only this file knows both modules by name, and only `to_device` and `to_host` move data between them.
+works on either. Only this file knows both modules by name. What moves between them: `place` and `to_device` to a device,
+`to_host` back (which waits for it), `transfers.py` back without waiting. Integers that say what is to be read or added
+where (token ids, experts, orders) live on the host always: there they are checked and sorted, and ops send them along.
 
 It also holds the one rule for dtypes. Parameters are *stored* as f64, f32, f16 or bf16; everything is *computed* in float64
 for f64 storage and in float32 for the others (`compute_dtype`, `to_compute`).
@@ -9,9 +11,11 @@ for f64 storage and in float32 for the others (`compute_dtype`, `to_compute`).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +32,12 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 
-_HOST = (np.ndarray, np.generic)
+T = TypeVar("T")
+
+#: The package whose arrays live on a CUDA device.
+DEVICE_PACKAGE = "cupy"
+
+_HOST = (np.ndarray, np.generic, float, int)
 _COMPUTED_IN = {STORAGE_DTYPES["f64"], STORAGE_DTYPES["f32"]}
 
 
@@ -37,6 +46,26 @@ def xp_of(x: Array) -> Any:
     if isinstance(x, _HOST):
         return np
     return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def on_device(x: Array) -> bool:
+    """Whether ``x`` lives on a CUDA device."""
+    return not isinstance(x, _HOST)
+
+
+def device_of(x: Array) -> str:
+    """``"cpu"`` or ``"gpu"``: where ``x`` lives."""
+    return "gpu" if on_device(x) else "cpu"
+
+
+def by_device(like: Array, host: T, device: T) -> T:
+    """One of two sizes, by where ``like`` lives: a device wants its work in larger pieces than a core's cache holds."""
+    return device if on_device(like) else host
+
+
+def module_of(device: str) -> Any:
+    """The array module of ``"cpu"`` or ``"gpu"``."""
+    return importlib.import_module(DEVICE_PACKAGE) if device == "gpu" else np
 
 
 def compute_dtype(storage: Any) -> np.dtype[Any]:
@@ -59,6 +88,20 @@ def owned(x: Array) -> Array:
     return xp_of(x).array(x, order="C", copy=True)
 
 
+def product_operands(x: Array, weight: Array) -> tuple[Array, Array]:
+    """``x`` and a parameter as their product reads them: in the compute dtype, or on a device in the 16 bits of ``weight``.
+
+    A device has fast products of 16-bit numbers, which it sums in float32 (cuBLAS, CUBLAS_COMPUTE_32F) and rounds once, to
+    16 bits: follow them by `to_compute`.
+    """
+    if on_device(weight) and weight.dtype.itemsize == 2:
+        return x.astype(weight.dtype, copy=False), weight
+    return to_compute(x), to_compute(weight)
+
+
+# --- which device -----------------------------------------------------------------------------------------------------
+
+
 def resolve_device(preference: str, *, demanded_by: str | None = None) -> str:
     """``"cpu"`` or ``"gpu"`` for a wish of either; a wish that no flag (``demanded_by``) demands falls back to the CPU.
 
@@ -74,21 +117,34 @@ def resolve_device(preference: str, *, demanded_by: str | None = None) -> str:
     return "cpu"
 
 
+def use_device(number: int, *, demanded_by: str) -> None:
+    """Compute on CUDA device ``number`` (counted from 0) from now on. Raises DeviceError when there is none of it."""
+    gpu = module_of("gpu")
+    count = gpu.cuda.runtime.getDeviceCount()
+    if not 0 <= number < count:
+        raise DeviceError(f"{demanded_by}: CUDA has {count} device{'s' if count > 1 else ''}, numbered from 0")
+    gpu.cuda.Device(number).use()
+
+
 def _why_no_gpu() -> str | None:
     try:
-        cupy = importlib.import_module("cupy")
+        cupy = importlib.import_module(DEVICE_PACKAGE)
     except ImportError:
         return "CuPy is not installed (pip install 'oxidizr-ref[cuda12]' or '[cuda13]')"
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CuPy raises its own CUDARuntimeError without a driver
-        return f"CUDA does not start ({error})"
-    # The trainer's CUDA path is not finished: saying so beats a wrong number.
-    return f"{count} CUDA device(s) found, but this version trains on the CPU only"
+        if not cupy.cuda.runtime.getDeviceCount():
+            return "CUDA finds no device (nvidia-smi lists what the driver sees)"
+        cupy.zeros(1).sum().item()  # compiles and runs: a toolkit that does not fit the driver shows here
+    except Exception as error:  # CuPy raises errors of its own, for the driver, the runtime and the compiler
+        return f"CUDA does not start ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+# --- from one to the other --------------------------------------------------------------------------------------------
 
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:
-    """``x`` as a NumPy array (a copy when it lives on a device)."""
+    """``x`` as a NumPy array (a copy when it lives on a device, made when all that was asked of the device is done)."""
     if isinstance(x, _HOST):
         return np.asarray(x)
     host: np.ndarray[Any, Any] = x.get()
@@ -96,24 +152,34 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
 
 
 def to_device(x: np.ndarray[Any, Any], like: Array) -> Array:
-    """The host array ``x`` where ``like`` lives."""
+    """The host array ``x`` where ``like`` lives. CuPy sends it through page-locked memory, and nobody waits."""
     return xp_of(like).asarray(x)
 
 
-def segment_sum(rows: Array, ids: Array, num_segments: int) -> Array:
-    """``out[i] = sum of rows[j] over all j with ids[j] == i``; each sum depends on its own rows, in the order of j, alone.
+def place(x: np.ndarray[Any, Any], device: str) -> Array:
+    """An `owned` copy of the host array ``x`` on ``"cpu"`` or ``"gpu"``."""
+    return module_of(device).array(x, order="C", copy=True)
 
-    This is the gradient of a row lookup. ``np.add.at`` is slow, and the atomic scatter of a device adds in varying order, so
-    the rows are sorted by id (stably) and summed segment by segment.
 
-    rows: ``[n, width]``; ids: int ``[n]`` in ``[0, num_segments)``. Returns ``[num_segments, width]``.
-    """
-    xp = xp_of(rows)
-    out = xp.zeros((num_segments, rows.shape[1]), dtype=rows.dtype)
-    if len(ids) == 0:
-        return out
-    order = xp.argsort(ids, kind="stable")
-    sorted_ids = ids[order]
-    starts = xp.flatnonzero(xp.concatenate([xp.ones(1, dtype=bool), sorted_ids[1:] != sorted_ids[:-1]]))
-    out[sorted_ids[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
-    return out
+def assign(target: Array, source: Array) -> None:
+    """Overwrite ``target`` by ``source`` (from anywhere), rounded to nearest where its dtype is smaller."""
+    if on_device(target) or on_device(source):
+        source = to_host(source).astype(target.dtype, copy=False)
+    target[...] = to_device(source, target) if on_device(target) else source
+
+
+def constant(make: Callable[..., np.ndarray[Any, Any]], *key: Hashable, like: Array) -> Array:
+    """``make(*key)``, computed on the host once and kept where ``like`` lives. Nobody may change it."""
+    if not on_device(like):
+        return _on_host(make, key)
+    return _on_device(make, key, xp_of(like), xp_of(like).cuda.runtime.getDevice())
+
+
+@functools.lru_cache(maxsize=256)
+def _on_host(make: Callable[..., np.ndarray[Any, Any]], key: tuple[Hashable, ...]) -> np.ndarray[Any, Any]:
+    return make(*key)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(make: Callable[..., np.ndarray[Any, Any]], key: tuple[Hashable, ...], xp: Any, number: int) -> Array:  # noqa: ARG001
+    return xp.asarray(_on_host(make, key))

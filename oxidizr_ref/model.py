@@ -23,7 +23,7 @@ from oxidizr_ref.layers.feed_forward import MixtureOfExperts, Routing, SwiGLU
 from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
 from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
 from oxidizr_ref.layers.mamba3 import Mamba3, Mamba3Cache
-from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, check_ids
+from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, checked_ids
 from oxidizr_ref.watch import named
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
@@ -104,9 +104,11 @@ class LanguageModel(Module):
     """A causal language model over token ids.
 
     Shapes: B batch, T time, D hidden, V vocabulary. With ``seed=None`` the parameters know their shapes and hold nothing.
+    ``device``: ``"cpu"`` or ``"gpu"``, where the parameters live; the first weights are the same. Tokens and targets may be
+    given from anywhere.
     """
 
-    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0, device: str = "cpu") -> None:
         self.config = config
         # Each layer adds to the residual stream, most of them twice; scaled so that its variance does not grow with depth.
         output_std = INIT_STD / (2 * config.num_layers) ** 0.5
@@ -121,7 +123,7 @@ class LanguageModel(Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, INIT_STD)
         if seed is not None:
-            self.initialize(seed, STORAGE_DTYPES[config.dtype])
+            self.initialize(seed, STORAGE_DTYPES[config.dtype], device)
 
     def hidden(self, tokens: Array, routings: list[Routing] | None = None) -> Tensor:
         """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``; each router adds to ``routings``."""
@@ -134,7 +136,7 @@ class LanguageModel(Module):
 
     def __call__(self, tokens: Array) -> Tensor:
         """The logits of the next token at every position. tokens: int ``[B,T]``. Returns ``[B,T,V]``."""
-        return named("logits", linear(self.hidden(np.asarray(tokens)), self._output_weight()))
+        return named("logits", linear(self.hidden(_array(tokens)), self._output_weight()))
 
     def loss(
         self,
@@ -154,10 +156,10 @@ class LanguageModel(Module):
 
         Raises DataError for targets of another shape than the tokens, or outside the vocabulary.
         """
-        tokens, targets = (ids if hasattr(ids, "shape") else np.asarray(ids) for ids in (tokens, targets))
+        tokens, targets = _array(tokens), _array(targets)
         if targets.shape != tokens.shape:
             raise DataError(f"targets have shape {list(targets.shape)}, but the tokens {list(tokens.shape)}")
-        check_ids(targets, self.config.vocab_size, "target")
+        targets = checked_ids(targets, self.config.vocab_size, "target")
         count = float(tokens.size if token_count is None else token_count)
         routings = [] if routings is None else routings
         loss = linear_cross_entropy(self.hidden(tokens, routings), self._output_weight(), targets, count)
@@ -179,7 +181,7 @@ class LanguageModel(Module):
         token. tokens: int ``[B]``. ``cache`` moves on. Attention sees the last ``max_seq_len`` tokens.
         """
         with no_grad():
-            h = self.embed_tokens(np.asarray(tokens)[:, None])
+            h = self.embed_tokens(_array(tokens)[:, None])
             for layer, past in zip(self.layers, cache, strict=True):
                 h = layer.step(h, past)
             logits = linear(self.norm(h), self._output_weight())
@@ -187,3 +189,7 @@ class LanguageModel(Module):
 
     def _output_weight(self) -> Tensor:
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+
+def _array(ids: Any) -> Array:
+    return ids if hasattr(ids, "dtype") else np.asarray(ids)

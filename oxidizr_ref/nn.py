@@ -14,7 +14,7 @@ import numpy as np
 
 from oxidizr_ref import ops, rng
 from oxidizr_ref.autograd import Tensor
-from oxidizr_ref.backend import Array, owned, xp_of
+from oxidizr_ref.backend import Array, assign, place, to_host
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.rms_norm import rms_norm
@@ -92,10 +92,10 @@ class Module:
         """How many numbers training changes."""
         return sum(int(np.prod(p.full_shape, dtype=np.int64)) for _, p in self.named_parameters())
 
-    def initialize(self, seed: int, dtype: np.dtype[Any]) -> None:
-        """Fill every parameter by its recipe, stored as ``dtype``."""
+    def initialize(self, seed: int, dtype: np.dtype[Any], device: str = "cpu") -> None:
+        """Fill every parameter by its recipe, stored as ``dtype`` on ``device``."""
         for name, parameter in self.named_parameters():
-            parameter.data = owned(parameter.recipe(seed, name, parameter.full_shape).astype(dtype, copy=False))
+            parameter.data = place(parameter.recipe(seed, name, parameter.full_shape).astype(dtype, copy=False), device)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -107,7 +107,7 @@ class Module:
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, arrays: Mapping[str, Array]) -> None:
-        """Copy ``arrays`` into the parameters' own arrays, converting to their dtype.
+        """Copy ``arrays`` (from any device) into the parameters' own arrays, converting to their dtype.
 
         Raises DataError naming the first name or shape that does not fit; then nothing was changed.
         """
@@ -121,7 +121,7 @@ class Module:
                 found, wanted = list(arrays[name].shape), list(parameter.full_shape)
                 raise DataError(f"load_state_dict: {name} has shape {found}, the model needs {wanted}")
         for name, parameter in parameters.items():
-            parameter.data[...] = arrays[name]
+            assign(parameter.data, arrays[name])
 
 
 def _as_scope(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,14 +149,17 @@ class Linear(Module):
         return named("output", linear(x, self.weight))
 
 
-def check_ids(ids: Array, vocab_size: int, what: str) -> None:
-    """Raise DataError naming an id outside [0, vocab_size).
+def checked_ids(ids: Any, vocab_size: int, what: str) -> np.ndarray[Any, Any]:
+    """``ids`` (an array anywhere, or lists) as an int array on the host.
 
-    Checked on the host only: on a device the check would wait for it, and data.py has checked every id already.
+    Raises DataError naming an id outside [0, vocab_size). Nothing else checks them: a device would silently read something
+    else instead.
     """
-    if xp_of(ids) is np and ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-        worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+    checked = to_host(ids) if hasattr(ids, "dtype") else np.asarray(ids)
+    if checked.size and not (0 <= checked.min() and checked.max() < vocab_size):
+        worst = int(checked.min()) if checked.min() < 0 else int(checked.max())
         raise DataError(f"{what} id {worst} is outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")
+    return checked
 
 
 class Embedding(Module):
@@ -167,7 +170,7 @@ class Embedding(Module):
 
     def __call__(self, ids: Array) -> Tensor:
         """ids: int ``[...]``. Returns ``[..., width]``. Raises DataError for an id outside the vocabulary."""
-        check_ids(ids, self.weight.shape[0], "token")
+        ids = checked_ids(ids, self.weight.shape[0], "token")
         return named("output", ops.lookup(self.weight, ids=ids), also=("tokens",))
 
 

@@ -16,7 +16,8 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from oxidizr_ref import parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, compute_dtype, segment_sum, to_compute, xp_of
+from oxidizr_ref.backend import Array, compute_dtype, to_compute, to_device, xp_of
+from oxidizr_ref.sums import running_sum, segment_sum
 
 Operand: TypeAlias = Tensor | float
 Axes: TypeAlias = int | tuple[int, ...] | None
@@ -268,11 +269,10 @@ class CumSum(Function):
 
     def forward(self, x: Array, *, axis: int) -> Array:
         self.axis = axis
-        return xp_of(x).cumsum(x, axis=axis)
+        return running_sum(x, axis)
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
-        xp = xp_of(dy)
-        return (xp.flip(xp.cumsum(xp.flip(dy, self.axis), axis=self.axis), self.axis),)
+        return (running_sum(dy, self.axis, reverse=True),)
 
 
 # --- shape ------------------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class Part(Function):
         return (dx if first else None,)
 
 
-# --- lookups by integer arrays (int64 NumPy or CuPy arrays, not tensors) ----------------------------------------------
+# --- lookups by integer arrays (int64 NumPy arrays, wherever the tensor lives) ----------------------------------------
 
 
 class Lookup(Function):
@@ -381,7 +381,7 @@ class Lookup(Function):
 
     def forward(self, table: Array, *, ids: Array) -> Array:
         self.ids, self.rows = ids, table.shape[0]
-        return to_compute(table[ids])
+        return to_compute(table[to_device(ids, table)])
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
         rows = dy.reshape(self.ids.size, math.prod(dy.shape[self.ids.ndim :]))
@@ -394,12 +394,11 @@ class TakeAlong(Function):
 
     def forward(self, x: Array, *, ids: Array) -> Array:
         self.ids, self.shape = ids, x.shape
-        return xp_of(x).take_along_axis(x, ids, axis=-1)
+        return xp_of(x).take_along_axis(x, to_device(ids, x), axis=-1)
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
-        xp, width = xp_of(dy), self.shape[-1]
-        rows = math.prod(self.shape[:-1])
-        flat_ids = self.ids.reshape(rows, self.ids.shape[-1]) + width * xp.arange(rows)[:, None]
+        width, rows = self.shape[-1], math.prod(self.shape[:-1])
+        flat_ids = self.ids.reshape(rows, self.ids.shape[-1]) + width * np.arange(rows)[:, None]
         return (segment_sum(dy.reshape(-1, 1), flat_ids.reshape(-1), rows * width).reshape(self.shape),)
 
 

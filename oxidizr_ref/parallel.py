@@ -1,9 +1,10 @@
 """Fixed tiles on a thread pool: all the parallelism there is.
 
 Work is cut into tiles whose number and borders depend on shapes alone. Threads only decide who computes a tile, never what
-is computed, so any number of threads gives the same bits. Two rules follow:
+is computed, so any number of threads gives the same bits. Three rules follow:
 
 * BLAS runs with one thread a call (its own threading changes sums); this file sets and checks that at import.
+* A CUDA device spreads its work itself: on one everything is a single tile, or a few large ones that one thread asks for.
 * Tiles write to places of their own. What must be summed across tiles is summed afterwards by `tree_sum`, one fixed
   binary tree: T[i,j) splits at the largest power of two below j-i.
 """
@@ -23,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
-from oxidizr_ref.backend import Array, xp_of
+from oxidizr_ref.backend import Array, on_device, xp_of
 
 _BLAS = ThreadpoolController()
 _BLAS.limit(limits=1, user_api="blas")
@@ -113,13 +114,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
-def for_each(count: int, work: Callable[[int], None]) -> None:
+def for_each(count: int, work: Callable[[int], None], like: Array | None = None) -> None:
     """Call ``work(i)`` once for every i in 0 … count-1, spread over the threads, and wait for all.
 
     ``work`` must write only to places that belong to its i. The first exception (lowest i) is raised after all are done.
+    ``like``: an array that the work is about; on a device its thread asks for one thing after the other.
     """
     if count == 1 and getattr(_inside_a_tile, "hurry", None) is None:  # in a small model, nearly always
         work(0)
+        return
+    if like is not None and on_device(like):
+        for index in range(count):
+            work(index)
         return
     tickets = iter(range(count))  # next() on a range iterator is atomic
     errors: list[tuple[int, BaseException]] = []
@@ -197,8 +203,13 @@ def tiles(count: int, size: int) -> list[Tile]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def row_tiles(rows: int, width: int, elements: int | None = None) -> list[Tile]:
-    """Tiles of whole rows for elementwise work on ``[rows, width]``, about ``elements`` (default: `ELEMENTS`) each."""
+def row_tiles(rows: int, width: int, elements: int | None = None, like: Array | None = None) -> list[Tile]:
+    """Tiles of whole rows for elementwise work on ``[rows, width]``, about ``elements`` (default: `ELEMENTS`) each.
+
+    On a device (``like``) a single one.
+    """
+    if like is not None and on_device(like):
+        return [(0, rows)]
     return tiles(rows, max(1, (elements or ELEMENTS) // max(1, width)))
 
 
@@ -207,13 +218,13 @@ def for_tiles(borders: Sequence[Tile], work: Callable[[int, int], None]) -> None
     for_each(len(borders), lambda index: work(*borders[index]))
 
 
-def product_tiles(extent: int, each: int) -> list[Tile]:
+def product_tiles(extent: int, each: int, like: Array | None = None) -> list[Tile]:
     """Tiles along one side of a matrix product: coarse, because BLAS packs its operands anew for every call.
 
     Two tiles up to 1,024 rows, four up to 4,096, then 1,024 rows each; never fewer than 128. A single one where all is less
-    than `SMALL_PRODUCT`. each: multiplications that a row takes.
+    than `SMALL_PRODUCT`, and on a device (``like``). each: multiplications that a row takes.
     """
-    if extent * each < SMALL_PRODUCT:
+    if extent * each < SMALL_PRODUCT or (like is not None and on_device(like)):
         return [(0, extent)]
     half, quarter = (-(-extent // parts // 64) * 64 for parts in (2, 4))
     return tiles(extent, max(FEWEST_ROWS, min(ROWS, half), min(2 * ROWS, quarter)))
@@ -242,8 +253,8 @@ Product = tuple[Array, Array, Array]
 def _product_tiles_of(a: Array, b: Array, out: Array) -> list[Product]:
     (m, k), n = a.shape, b.shape[1]
     if m >= n:
-        return [(a[i:j], b, out[i:j]) for i, j in product_tiles(m, n * k)]
-    return [(a, b[:, i:j], out[:, i:j]) for i, j in product_tiles(n, m * k)]
+        return [(a[i:j], b, out[i:j]) for i, j in product_tiles(m, n * k, a)]
+    return [(a, b[:, i:j], out[:, i:j]) for i, j in product_tiles(n, m * k, a)]
 
 
 def _run_products(products: list[Product]) -> None:
@@ -251,7 +262,7 @@ def _run_products(products: list[Product]) -> None:
         a, b, out = products[index]
         xp_of(a).matmul(a, b, out=out)
 
-    for_each(len(products), product)
+    for_each(len(products), product, like=products[0][0])
 
 
 def add_matmul(out: Array, a: Array, b: Array) -> None:
@@ -261,7 +272,7 @@ def add_matmul(out: Array, a: Array, b: Array) -> None:
     def rows(i: int, j: int) -> None:
         out[i:j] += xp.matmul(a[i:j], b)
 
-    for_tiles(product_tiles(m, n * k), rows)
+    for_tiles(product_tiles(m, n * k, a), rows)
 
 
 def add(a: Array, b: Array) -> Array:
@@ -271,7 +282,7 @@ def add(a: Array, b: Array) -> Array:
         return a + b
     out = xp.empty(a.shape, dtype=a.dtype)
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
-    for_tiles(tiles(a.size, ELEMENTS), lambda i, j: xp.add(flat_a[i:j], flat_b[i:j], out=flat[i:j]))
+    for_tiles(row_tiles(a.size, 1, like=a), lambda i, j: xp.add(flat_a[i:j], flat_b[i:j], out=flat[i:j]))
     return out
 
 

@@ -4,7 +4,8 @@ Word i of the stream (seed, stream, name, step) is a pure function of that addre
 generator Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Nothing is carried from one
 draw to the next, so there is no generator state to save, and a resumed run draws what an uninterrupted one would have.
 
-Everything is drawn on the host, so that NumPy and CuPy runs see the same numbers.
+What is drawn here is drawn on the host, so that NumPy and CuPy runs see the same numbers. (The optimizer's kernel computes
+the words of an address itself, `optim.py`: as many as a model has parameters, every step, are better not sent.)
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ _LANES = 4  # 64-bit words in one Philox4x64 block
 _NORMALS_PER_TILE = 65536  # keeps the float64 temporaries of Box-Muller inside the cache
 
 
+def key(seed: int, stream: str, name: str) -> NDArray[np.uint64]:
+    """The Philox key of a stream: the first 128 bits of SHA-256 over seed, stream and name. Returns uint64 ``[2]``."""
+    return np.frombuffer(hashlib.sha256(f"{seed}\0{stream}\0{name}".encode()).digest()[:16], dtype="<u8")
+
+
 def words(seed: int, stream: str, name: str, step: int, count: int, start: int = 0) -> NDArray[np.uint64]:
     """Raw 64-bit words ``start … start+count`` of the stream addressed by (seed, stream, name, step).
 
-    The Philox key is the first 128 bits of SHA-256 over seed, stream and name; the 256-bit counter holds the step in
-    its top limb and the block number plus one (NumPy steps it before it draws) in its bottom one. Returns uint64
-    ``[count]``.
+    The key is `key`; the 256-bit counter holds the step in its top limb and the block number plus one (NumPy steps it
+    before it draws) in its bottom one. Returns uint64 ``[count]``.
     """
-    key = np.frombuffer(hashlib.sha256(f"{seed}\0{stream}\0{name}".encode()).digest()[:16], dtype="<u8")
     block, lane = divmod(start, _LANES)
-    generator = np.random.Philox(key=key, counter=[block, 0, 0, step])
+    generator = np.random.Philox(key=key(seed, stream, name), counter=[block, 0, 0, step])
     drawn: NDArray[np.uint64] = generator.random_raw(lane + count)
     return drawn[lane:]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Tensor
-from oxidizr_ref.backend import Array, to_device, to_host, xp_of
+from oxidizr_ref.backend import to_device, to_host
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.swiglu import swiglu
 from oxidizr_ref.nn import Linear, Module
@@ -40,8 +40,10 @@ class Routing(NamedTuple):
     balance: Tensor
 
 
-def router_metrics(batches: Sequence[Sequence[Routing]]) -> dict[str, Any]:
+def router_metrics(batches: Sequence[Sequence[Routing]], balances: Sequence[float]) -> dict[str, Any]:
     """What the routers of a model did in a step of one or more batches; nothing for a model without routers.
+
+    balances: the numbers of all the balance losses.
 
     ``expert_load``: for each mixture of experts, the share of all assignments that each of its experts was given;
     ``expert_entropy``: the entropy of these shares over that of even ones, so 1 is even and 0 is one expert alone;
@@ -49,13 +51,12 @@ def router_metrics(batches: Sequence[Sequence[Routing]]) -> dict[str, Any]:
     """
     if not any(batches):
         return {}
-    loads, entropies, balances = [], [], []
+    loads, entropies = [], []
     for of_layer in zip(*batches, strict=True):
         assigned = np.sum([routing.assigned for routing in of_layer], axis=0)
         load = assigned / max(1, assigned.sum())
         loads.append(load.tolist())
         entropies.append(sum(p * math.log(1 / p) for p in loads[-1] if p) / math.log(max(2, len(load))))
-        balances += [routing.balance.item() for routing in of_layer]
     balance = math.fsum(balances) / len(balances)
     return {"expert_load": loads, "expert_entropy": entropies, "balance_loss": balance, "dropped_tokens": 0}
 
@@ -67,7 +68,7 @@ class Router(Module):
         self.num_experts, self.k = config.num_experts, config.experts_per_tok
         self.gate = Linear(config.hidden_size, config.num_experts, std)
 
-    def __call__(self, x: Tensor) -> tuple[Array, Tensor, Routing]:
+    def __call__(self, x: Tensor) -> tuple[np.ndarray[Any, Any], Tensor, Routing]:
         """x: ``[n,D]``. Returns the experts of every token, int ``[n,k]``, their weights ``[n,k]``, and the `Routing`.
 
         Equal logits go to the lower index. The weights are the softmax over the k logits, as in Mixtral (Jiang et al. 2024);
@@ -77,11 +78,12 @@ class Router(Module):
         """
         logits = self.gate(x)
         probabilities = named("probs", ops.softmax(logits))
-        order = xp_of(logits.data).argsort(-logits.data, axis=-1, kind="stable")
+        # Who goes where decides on the host what runs: on a device this is the one place of a layer that waits for it.
+        order = np.argsort(-to_host(logits.data), axis=-1, kind="stable")
         ids = named("ids", order[:, : self.k], also=("gate.output",))
         weights = ops.softmax(ops.take_along(logits, ids=ids)) if self.k > 1 else ops.take_along(probabilities, ids=ids)
         weights = named("weights", weights, also=("ids",))
-        assigned = np.bincount(to_host(ids).reshape(-1), minlength=self.num_experts)
+        assigned = np.bincount(ids.reshape(-1), minlength=self.num_experts)
         share = to_device(assigned / max(1, ids.size), logits.data)
         balance = (probabilities.mean(axis=0) * ops.as_tensor(share, like=logits)).sum() * float(self.num_experts)
         return ids, weights, Routing(assigned, named("balance", balance, also=("ids",)))
@@ -106,12 +108,12 @@ class MixtureOfExperts(Module):
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
         ids, weights, routing = self.router(x)
-        (n, k), xp = ids.shape, xp_of(ids)
-        by_expert = xp.argsort(ids.reshape(-1), kind="stable")  # of the n·k assignments; an expert's in order of tokens
+        n, k = ids.shape
+        by_expert = np.argsort(ids.reshape(-1), kind="stable")  # of the n·k assignments; an expert's in order of tokens
         parts = list(ops.split(ops.lookup(x, ids=by_expert // k), routing.assigned.tolist(), axis=0))
         parts = [named(f"experts.{e}.input", part, also=("router.ids",)) for e, part in enumerate(parts)]
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
-        back = xp.argsort(by_expert)  # all different: any sort gives the inverse permutation
+        back = np.argsort(by_expert)  # all different: any sort gives the inverse permutation
         chosen = ops.lookup(ops.concatenate(*outputs, axis=0), ids=back).reshape(n, k, D)
         y = (chosen * weights.reshape(n, k, 1)).sum(axis=1)
         if self.shared:
