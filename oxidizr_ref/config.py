@@ -97,6 +97,8 @@ class Config(Section):
             del trainer["max_steps"], trainer["num_epochs"]
         elif self.trainer.max_steps:
             del trainer["num_epochs"]  # max_steps wins
+        if self.trainer.optimizer_dtype == "f32":
+            del trainer["optimizer_dtype"]  # younger than the format: without it, files have the bytes they always had
         return {
             "data": self.data.model_dump(mode="json", exclude={"path"}),
             "device": device,

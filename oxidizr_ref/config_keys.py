@@ -178,6 +178,7 @@ class TrainerConfig(Section):
     weight_decay: NonNegative = 0.01
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_pair)] = (0.9, 0.999)
     eps: Positive = 1e-8
+    optimizer_dtype: Annotated[Literal["f32", "bf16"], BeforeValidator(_one_dtype_name)] = "f32"  # of AdamW's moments
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
     load_balance_alpha: NonNegative = 0.0
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0

@@ -755,10 +755,18 @@ def test_the_canonical_form_holds_every_other_key_and_no_path(tmp_path: Path) ->
     config = loaded(tmp_path, text_of(trainer={"lr_schedule": "cosine"}, data={"path": "secret.txt"}))
     canonical = config.canonical()
     assert set(canonical["model"]) == set(ModelConfig.model_fields) - {"name"}
-    assert set(canonical["trainer"]) == set(type(config.trainer).model_fields) - OPERATIONAL_KEYS
+    assert set(canonical["trainer"]) == set(type(config.trainer).model_fields) - OPERATIONAL_KEYS - {"optimizer_dtype"}
     assert canonical["data"] == {"tokenizer": "byte"}
     assert "secret" not in canonical_json(canonical)
     assert str(tmp_path) not in canonical_json(canonical)
+
+
+def test_moments_in_16_bits_are_part_of_the_canonical_form_and_moments_as_ever_leave_it_as_it_was(tmp_path: Path) -> None:
+    """Files made before the key existed, and their digests, stay what they are."""
+    ever, half = (loaded(tmp_path, text_of(trainer={"optimizer_dtype": dtype})) for dtype in ("f32", "bfloat16"))
+    assert ever.digest() == loaded(tmp_path, text_of()).digest() != half.digest()
+    assert half.canonical()["trainer"]["optimizer_dtype"] == "bf16"
+    assert Config.from_canonical(half.canonical()).trainer.optimizer_dtype == "bf16"
 
 
 def test_equal_configs_spelt_differently_have_one_digest(tmp_path: Path) -> None:
