@@ -6,16 +6,13 @@ between. Steps and floors take turns, so that a machine that changes its speed c
 
 from __future__ import annotations
 
-import mmap
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,16 +22,11 @@ from oxidizr_ref import parallel, rng
 from oxidizr_ref.autograd import Function
 from oxidizr_ref.backend import Array
 from oxidizr_ref.config import Config
+from oxidizr_ref.memory_now import peak_bytes, resident_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import Witness
 from oxidizr_ref.trainer import Trainer
 from oxidizr_ref.watch import Watcher, watched
-
-resource: Any
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 #: Steps that are not counted: the first ones make buffers and wake threads.
 WARM_UP = 2
@@ -148,26 +140,6 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes() -> int:
-    """The most memory this process ever had resident; 0 where the system does not tell."""
-    if resource is None:
-        return 0
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_bytes() -> int:
-    """What is resident now; where the system does not tell, the most that ever was."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return peak_bytes()
-    return pages * mmap.PAGESIZE
 
 
 # --- the floor --------------------------------------------------------------------------------------------------------

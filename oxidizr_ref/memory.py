@@ -1,4 +1,4 @@
-"""How much memory a run needs, before it starts, and how much there is.
+"""How much memory a run needs, before it starts.
 
 The largest share of it is what the forward pass keeps for the backward pass. That is counted here part by part (an
 attention, a feed-forward, a Mamba with its norm), from shapes alone: each array that a `Function` of the part puts on
@@ -10,14 +10,15 @@ Letters: n = B·T tokens of B sequences, D hidden, H heads, P head width, N stat
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype
 from oxidizr_ref.config import Config, ModelConfig
+from oxidizr_ref.errors import TrainingError
+from oxidizr_ref.fused.attention import DEVICE_QUERY_BLOCK, DEVICE_SCORES
+from oxidizr_ref.fused.chunked_scan import DEVICE_WEIGHTS
 from oxidizr_ref.fused.linear_cross_entropy import tokens_of_a_chunk
 from oxidizr_ref.fused.selective_scan import BLOCK
 from oxidizr_ref.layers.feed_forward import MixtureOfExperts
@@ -34,7 +35,8 @@ class Kept(NamedTuple):
     """What a part keeps between its forward and its backward pass, and what its backward pass needs beside it.
 
     ``copies`` are parameters that are read in the compute dtype: kept as a copy where they are stored in a smaller one.
-    ``passing`` is about how many numbers exist for a moment in the backward pass: gradients of the part's larger arrays.
+    ``passing`` is about how many numbers exist for a moment in the backward pass: gradients of the part's larger arrays; and
+    ``tile`` how many more on a device, where a scan is one large tile.
     """
 
     numbers: int
@@ -42,6 +44,7 @@ class Kept(NamedTuple):
     flags: int = 0
     copies: int = 0
     passing: int = 0
+    tile: int = 0
 
     def size(self, storage: int, compute: int) -> int:
         """Bytes of what is kept, for dtypes of so many bytes."""
@@ -62,7 +65,8 @@ def _embedding(m: ModelConfig, B: int, T: int) -> Kept:
 def _gqa(m: ModelConfig, B: int, T: int) -> Kept:
     """Rotated q and k; v; the output of the heads, and the logarithm of each softmax's denominator."""
     n, D, HP, KP = B * T, m.hidden_size, m.num_heads * m.head_dim, m.kv_heads * m.head_dim
-    return Kept(_norm(n, D) + n * (2 * HP + 2 * KP + m.num_heads), copies=D, passing=n * (3 * D + 3 * HP + 4 * KP))
+    kept = _norm(n, D) + n * (2 * HP + 2 * KP + m.num_heads)
+    return Kept(kept, copies=D, passing=n * (3 * D + 3 * HP + 4 * KP), tile=_scores(m, n, T))
 
 
 def _mla(m: ModelConfig, B: int, T: int) -> Kept:
@@ -75,7 +79,13 @@ def _mla(m: ModelConfig, B: int, T: int) -> Kept:
         _norm(n, D) + latents + of_heads,
         copies=D + (L if m.mla_latent_norm else 0),
         passing=n * (3 * D + 4 * (HP + H * m.d_rope) + 2 * HP),
+        tile=_scores(m, n, T),
     )
+
+
+def _scores(m: ModelConfig, n: int, T: int) -> int:
+    """The scores of a tile of attention on a device, and their gradients."""
+    return 2 * min(DEVICE_SCORES, n * m.num_heads * min(T, DEVICE_QUERY_BLOCK))
 
 
 def _swiglu(m: ModelConfig, B: int, T: int) -> Kept:
@@ -121,6 +131,7 @@ def _mamba2(m: ModelConfig, B: int, T: int) -> Kept:
         _norm(n, D) + n * (E + W + H) + n * (W + 2 * H + E) + _norm(n, E, G) + states + conv.numbers + 2 * H,
         copies=D + E + H + conv.copies,
         passing=n * (2 * D + 4 * E + 4 * W),
+        tile=3 * min(DEVICE_WEIGHTS, n * H * m.mamba2_chunk_size),
     )
 
 
@@ -146,6 +157,7 @@ def _mamba3(m: ModelConfig, B: int, T: int) -> Kept:
         flags=n * 2 * H,
         copies=D + 2 * N + 2 * H * R * N + H + (3 * H * R * P if mimo else 0) + conv.copies,
         passing=n * (2 * D + 2 * R * H * N + 2 * (E + W) + 3 * R * E + 2 * H * S),
+        tile=4 * n * R * H * N + 6 * min(DEVICE_WEIGHTS, n * R * H * m.mamba2_chunk_size),
     )
 
 
@@ -218,6 +230,7 @@ class Part:
     moments: int  # bytes of the optimizer's two
     kept: int  # bytes kept for the backward pass of one micro-batch
     passing: int  # bytes for a moment in it, about
+    tile: int  # bytes more of that on a device
     cache: DecodingCache
 
 
@@ -226,6 +239,7 @@ def model_parts(config: Config) -> list[Part]:
     m, batch = config.model, config.trainer.batch_size
     storage = STORAGE_DTYPES[m.dtype]
     compute = compute_dtype(storage).itemsize
+    moment = STORAGE_DTYPES["bf16"].itemsize if config.trainer.optimizer_dtype == "bf16" else compute
 
     def part(layer: int | None, kind: str, parameters: int, idle: int = 0) -> Part:
         kept = _KEPT[kind](m, batch, m.max_seq_len)
@@ -236,9 +250,10 @@ def model_parts(config: Config) -> list[Part]:
             parameters - idle,
             parameters * storage.itemsize,
             parameters * compute,
-            2 * parameters * compute,
+            2 * parameters * moment,
             kept.size(storage.itemsize, compute),
             kept.passing * compute,
+            kept.tile * compute,
             _decoding_cache(m, kind),
         )
 
@@ -275,20 +290,26 @@ class MemoryEstimate:
     activations: int
     logits: int
     snapshot: int
+    process: int  # what Python and the libraries take before the first array
+
+    def parts(self) -> dict[str, int]:
+        """What the run itself asks for, by what it is for; what is not needed is left out."""
+        return {name: size for name, size in asdict(self).items() if size and name != "process"}
 
     @property
     def total(self) -> int:
-        """All of it, the interpreter included."""
-        parts = self.parameters + self.gradients + self.moments + self.activations + self.logits
-        return parts + self.snapshot + _INTERPRETER_BYTES
+        """All of it."""
+        return sum(asdict(self).values())
 
 
-def estimate_memory(config: Config) -> MemoryEstimate:
-    """The peak memory of a training step, in bytes, from shapes alone: nothing is allocated."""
+def estimate_memory(config: Config, device: str = "cpu") -> MemoryEstimate:
+    """The peak memory of a training step on ``device``, in bytes, from shapes alone: nothing is allocated."""
     m, t = config.model, config.trainer
     compute_bytes = compute_dtype(STORAGE_DTYPES[m.dtype]).itemsize
     parts = model_parts(config)
     weights, gradients, moments = (sum(getattr(part, of) for part in parts) for of in ("weights", "gradients", "moments"))
+    if device == "gpu":
+        return _estimate_on_device(config, parts, weights, moments)
     # While a micro-batch runs, the gradient tree holds a partial sum for every set bit of the number already done.
     partial_sums = max(done.bit_count() for done in range(t.gradient_accumulation))
     tokens = t.batch_size * m.max_seq_len
@@ -302,42 +323,34 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         activations=sum(part.kept for part in parts) + passing,
         logits=logits,
         snapshot=weights + moments if t.async_save else 0,  # a copy of what is being saved
+        process=_INTERPRETER_BYTES,
     )
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+def _estimate_on_device(config: Config, parts: Sequence[Part], weights: int, moments: int) -> MemoryEstimate:
+    """The same for a device, whose pool tells exactly what there is at any time: at the end of the forward pass all that is
+    kept, the logits and the gradient of the output; then, part by part, more and more gradients and less that is kept."""
+    m, t = config.model, config.trainer
+    compute_bytes = compute_dtype(STORAGE_DTYPES[m.dtype]).itemsize
+    tokens = t.batch_size * m.max_seq_len
+    logits = min(tokens, tokens_of_a_chunk(m.vocab_size, on_a_device=True)) * m.vocab_size * compute_bytes
+    # (gradients, activations, logits) at each of these times
+    kept, done = sum(part.kept for part in parts), parts[-1].gradients
+    times = [(done, kept + parts[-1].passing // 2, logits)]
+    for part in reversed(parts[:-1]):
+        done += part.gradients
+        times.append((done, kept + part.passing + part.tile, 0))
+        kept -= part.kept
+    partial_sums = max(n.bit_count() for n in range(t.gradient_accumulation))
+    gradients, activations, logits = max(times, key=sum)
+    return MemoryEstimate(weights, gradients + partial_sums * done, moments, activations, logits, 0, 0)
 
 
-def available_bytes() -> int | None:
-    """Memory this process could still get, in bytes, where the system tells (Linux), else None."""
-    limits: list[int] = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        control_group = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        if control_group.isdigit():
-            limits.append(int(control_group))
-    except OSError:
-        pass
-    return min(limits, default=None)
-
-
-def resident_bytes() -> int:
-    """Memory this process holds now, in bytes (where only the peak is known: the peak; 0 where nothing is)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return peak_bytes()
-    import resource
-
-    return pages * resource.getpagesize()
-
-
-def peak_bytes() -> int:
-    """The most memory this process ever held, in bytes; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def out_of_memory(config: Config, device: str, error: MemoryError, last_good: str) -> TrainingError:
+    """What to tell when memory ran out: what was asked for, what the run needs and for what, and what needs less."""
+    needs = estimate_memory(config, device)
+    parts = ", ".join(f"{what} {size / 1e6:,.0f}" for what, size in needs.parts().items())
+    asked = " ".join(str(error).split()).removesuffix(".")
+    advice = "a smaller --batch-size with a larger --grad-accum takes the same steps in less"
+    of_run = f"this run needs about {needs.total / 1e6:,.0f} MB ({parts})"
+    return TrainingError(f"out of memory on the {device}: {asked}; {of_run}; {last_good}; {advice}")

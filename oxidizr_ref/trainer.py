@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +21,7 @@ import numpy as np
 
 from oxidizr_ref import optim, parallel
 from oxidizr_ref.autograd import no_grad
-from oxidizr_ref.backend import Array, compute_dtype, xp_of
+from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, device_of, xp_of
 from oxidizr_ref.checkpoint import state
 from oxidizr_ref.checkpoint.format import load, predict_size
 from oxidizr_ref.checkpoint.saver import Saver
@@ -31,14 +31,14 @@ from oxidizr_ref.config import Config
 from oxidizr_ref.data import Batch, BatchLoader, TrainingData, open_data
 from oxidizr_ref.errors import SaveError, TrainingError
 from oxidizr_ref.fingerprint import fingerprint
-from oxidizr_ref.layers.feed_forward import Routing, router_metrics
+from oxidizr_ref.layers.feed_forward import Routing
+from oxidizr_ref.loss_scale import LossScale
+from oxidizr_ref.memory import out_of_memory
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
 from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions, Witness
 from oxidizr_ref.signals import Signals
-
-Gradients = dict[str, Array]
-
+from oxidizr_ref.step_metrics import StepMetrics, StepNumbers
 
 #: Bytes a second that a disk will surely write: what a time limit reserves for a save before one was measured.
 _SLOW_DISK = 100e6
@@ -49,7 +49,7 @@ class _Stopped(Exception):  # noqa: N818 - a wish, not an error
 
 
 class Trainer:
-    """Trains ``model`` as ``config`` says, on ``data`` (default: what the config names)."""
+    """Trains ``model``, where it lives, as ``config`` says, on ``data`` (default: what the config names)."""
 
     def __init__(
         self,
@@ -58,16 +58,18 @@ class Trainer:
         data: TrainingData | None = None,
         options: RunOptions | None = None,
         reporter: Reporter | None = None,
-        device: str = "cpu",
     ) -> None:
         t = config.trainer
-        self.config, self.model, self.device = config, model, device
+        self.config, self.model = config, model
         self.options, self.reporter, self.witness = options or RunOptions(), reporter or Reporter(), Witness()
         data = data or open_data(config)
         self.tokenizer, self.windows = data.tokenizer, data.windows
         self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
         self._parameters = dict(model.named_parameters())
-        self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed)
+        self.device = device_of(next(iter(self._parameters.values())).data)
+        slot_dtype = STORAGE_DTYPES["bf16"] if t.optimizer_dtype == "bf16" else None
+        self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed, slot_dtype)
+        self.loss_scale = LossScale() if self.device == "gpu" and config.model.dtype == "f16" else None
         self.store = CheckpointStore(Path(t.checkpoint_dir), Retention(t.max_checkpoints, t.keep_every, t.keep_best))
         self.saver = Saver(self.store, background=t.async_save)
         self.windows_a_step = t.batch_size * t.gradient_accumulation
@@ -79,6 +81,7 @@ class Trainer:
         self._not_saved: SaveError | None = None  # why the last save that was tried failed
         self._not_logged: SaveError | None = None  # the same of the last metric line
         self._evaluated: tuple[int, float | None] = (-1, None)  # the last evaluation in a run: step, loss
+        self.metrics = StepMetrics(self._must_be_finite)
         self._seconds: list[float] = []  # of the steps since the last logged one
         self._longest = {"step": 0.0, "save": 0.0}  # seconds
 
@@ -88,41 +91,52 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch], signals: Signals | None = None) -> Record:
         """One optimizer step over ``gradient_accumulation`` micro-batches. Returns the step's metrics.
 
-        Raises TrainingError before anything is changed when the loss or a gradient is not finite.
+        On a device they are those of the newest step whose numbers are here, mostly the one before: only a step that is
+        logged is waited for. Raises TrainingError before anything is changed when the loss or a gradient is not finite; on a
+        device, where such a step changes nothing, when its numbers are here.
         """
         t, n = self.config.trainer, self.step + 1
-        losses: parallel.TreeCounter[float] = parallel.TreeCounter()
-        gradients: parallel.TreeCounter[Gradients] = parallel.TreeCounter(_add_gradients)
+        losses: parallel.TreeCounter[Array] = parallel.TreeCounter()
+        gradients: parallel.TreeCounter[optim.Gradients] = parallel.TreeCounter(optim.add_gradients)
         routed: list[list[Routing]] = []  # of every micro-batch
         for micro in range(1, t.gradient_accumulation + 1):
             tokens, targets = next(batches)
             self.witness.batch(n, micro, tokens, targets)
             routed.append([])
             loss = self.model.loss(tokens, targets, self.tokens_a_step, t.load_balance_alpha, routed[-1])
-            loss.backward()
+            loss.backward(None if self.loss_scale is None else self.loss_scale.seed())
             routed[-1] = [routing._replace(balance=routing.balance.detach()) for routing in routed[-1]]  # free their graphs
-            losses.push(loss.item())
+            losses.push(loss.data.astype(np.float64))
             gradients.push(self._take_gradients())
             if signals is not None and signals.stop is not None:
                 raise _Stopped
         total, summed = losses.total(), gradients.total()
-        self._must_be_finite(n, "the loss", total)
-        norm = optim.global_norm(summed)
-        self._must_be_finite(n, "the gradient norm", norm)
-        lr, factor = self.learning_rate(n), optim.clip_factor(norm, t.max_grad_norm)
-        self.witness.gradients(summed, norm, factor, lr)
-        self.optimizer.step(summed, lr, factor)
-        self.witness.updated(self.optimizer.arrays, self.optimizer.state_dict())
+        norm, lr, scale = optim.global_norm(summed), self.learning_rate(n), self.loss_scale
+        if scale is not None:
+            norm = norm / scale.scale
+        epoch = self.windows.epoch(self.cursor + self.windows_a_step)
+        used = None if scale is None else scale.scale.copy()
+        self.metrics.add(StepNumbers(n, total, norm, used, lr, epoch, routed))
+        self._update(summed, norm, lr)
         self.step = n
         self.cursor += self.windows_a_step
-        return {
-            "step": n,
-            "loss": total,
-            "grad_norm": norm,
-            "learning_rate": lr,
-            "epoch": self.windows.epoch(self.cursor),
-            **router_metrics(routed),
-        }
+        return self.metrics.look(wait=self._is_logged(n))
+
+    def _update(self, summed: optim.Gradients, norm: float | Array, lr: float) -> None:
+        """Clip the gradients, whose norm is given, and update the parameters with them."""
+        factor, scale = optim.clip_factor(norm, self.config.trainer.max_grad_norm), self.loss_scale
+        self.witness.gradients(summed, norm, factor, lr)
+        if scale is None:
+            self.optimizer.step(summed, lr, factor)
+        else:
+            self.optimizer.step(summed, lr, factor / scale.scale, scale.skipped)
+            scale.update(norm)
+        self.witness.updated(self.optimizer.arrays, self.optimizer.state_dict())
+
+    def _is_logged(self, n: int) -> bool:
+        t = self.config.trainer
+        evaluated = t.eval_interval and n % t.eval_interval == 0 and self.windows.eval_windows > 0
+        return bool(n == 1 or n % t.log_interval == 0 or evaluated)
 
     def learning_rate(self, n: int) -> float:
         """The learning rate of update ``n`` (counted from 1)."""
@@ -136,7 +150,7 @@ class Trainer:
             min_lr_ratio=t.min_lr_ratio,
         )
 
-    def _take_gradients(self) -> Gradients:
+    def _take_gradients(self) -> optim.Gradients:
         """This micro-batch's gradients by name, leaving none behind; a parameter without one counts as zero."""
         taken = {}
         for name, p in self._parameters.items():
@@ -147,10 +161,13 @@ class Trainer:
     def _must_be_finite(self, n: int, what: str, value: float) -> None:
         if math.isfinite(value):
             return
-        steps = self.store.steps()
-        last = f"the last good file is {self.store.path(steps[-1])}" if steps else "no checkpoint was saved before it"
+        last = self._last_good()
         advice = "try a lower learning_rate, a longer warmup_steps, a smaller max_grad_norm, or --dtype f32"
         raise TrainingError(f"step {n}: {what} is {value}; this state is not saved, {last}; {advice}")
+
+    def _last_good(self) -> str:
+        steps = self.store.steps()
+        return f"the last good file is {self.store.path(steps[-1])}" if steps else "no checkpoint was saved before it"
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -171,6 +188,8 @@ class Trainer:
                     of = f"{self.step} of {self.total_steps} steps are done"
                     self.reporter.notice(f"finished: {of}; a larger --max-steps goes on")
                 return self._conclude(heard)
+            except MemoryError as error:
+                raise out_of_memory(self.config, self.device, error, self._last_good()) from error
             finally:
                 self._tell_of_saves(wait=True)
 
@@ -209,6 +228,7 @@ class Trainer:
                 self._after_step(record, signals)
                 self._longest["step"] = max(self._longest["step"], time.perf_counter() - started)
                 self._tell_of_saves()
+        self.metrics.look()
         self._tell_of_saves(wait=True)
         if self.step != self._last_save or self._not_saved is not None:
             self._save()
@@ -220,12 +240,12 @@ class Trainer:
         count, size = self.windows.eval_windows, self.config.trainer.batch_size
         if count == 0:
             return None
-        sums: parallel.TreeCounter[float] = parallel.TreeCounter()
+        sums: parallel.TreeCounter[Array] = parallel.TreeCounter()
         with no_grad():
             for index in range(-(-count // size)):
                 tokens, targets = self.windows.eval_batch(index, size)
-                sums.push(self.model.loss(tokens, targets, token_count=1).item())
-        mean = sums.total() / (count * self.windows.seq_len)
+                sums.push(self.model.loss(tokens, targets, token_count=1).data.astype(np.float64))
+        mean = float(sums.total().item()) / (count * self.windows.seq_len)
         self._must_be_finite(self.step, "the held-out loss", mean)
         return mean
 
@@ -237,7 +257,7 @@ class Trainer:
             record |= {} if eval_loss is None else {"eval_loss": eval_loss}
         speed = len(self._seconds) / sum(self._seconds)
         record |= {"it/s": speed, "tokens/s": speed * self.tokens_a_step}
-        logged = self.step == 1 or self.step % t.log_interval == 0 or "eval_loss" in record
+        logged = self._is_logged(self.step)
         if logged:
             self._log(record)
             self._seconds.clear()
@@ -253,6 +273,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Save this step, or begin to. The disk's refusals are told and do not end the run."""
+        self.metrics.look()
         bad = optim.first_not_finite({**self.model.state_dict(), **self.optimizer.state_dict()})
         self._must_be_finite(self.step, f"a number in {bad}", 0.0 if bad is None else math.nan)
         self.saver.save(self.step, *state.to_file(self._state()))
@@ -290,7 +311,8 @@ class Trainer:
     @cached_property
     def file_size(self) -> int:
         """Bytes of a checkpoint of this run, but for the padding of a header in which a number has more or fewer digits."""
-        return predict_size(*state.to_file(replace(self._state(), step=self.total_steps)))
+        last = replace(self._state(), step=self.total_steps)
+        return predict_size(state.tensors_of(last), state.metadata_of(last))
 
     def most_bytes_more(self) -> int:
         """How much larger this run makes the checkpoint directory at its largest."""
@@ -316,6 +338,7 @@ class Trainer:
             tokenizer=dict(self.tokenizer.state()),
             fingerprint=fingerprint(self.device),
             lineage=self.lineage,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
         )
 
     def _start(self) -> None:
@@ -337,7 +360,9 @@ class Trainer:
         from_elsewhere = found is not None and found.path.resolve() != store.path(self.step).resolve()
         # A file from elsewhere begins a branch of its own: what is here under its number is another run's.
         if from_elsewhere:
-            moved = store.supersede(self.step, self.step, begin_with=state.to_file(self._state()))
+            tensors, metadata = state.to_file(self._state())
+            tensors.wait()
+            moved = store.supersede(self.step, self.step, begin_with=(tensors, metadata))
         else:
             moved = store.supersede(self.step + 1 if found else 0, self.step)
         if moved:
@@ -358,7 +383,11 @@ class Trainer:
             saved, self._state(), found.path, allow=self.options.allow_mismatch, strict=self.options.strict
         )
         self.model.load_state_dict(saved.weights)
-        self.optimizer.load_state_dict(saved.optimizer, updates=saved.step)
+        skipped = 0 if saved.loss_scale is None else saved.loss_scale["skipped"]
+        if self.loss_scale is not None and saved.loss_scale is not None:
+            self.loss_scale.load(saved.loss_scale)
+            skipped = 0  # it counts them itself
+        self.optimizer.load_state_dict(saved.optimizer, updates=saved.step - skipped)
         self.step, self.cursor = saved.step, saved.cursor
         self._last_save = self.store.resumed_from = saved.step
         return [*notices, f"resumed {found.path} at step {self.step}"]
@@ -368,15 +397,3 @@ class Trainer:
         self.model.load_state_dict(saved.weights)
         self.lineage = [*saved.lineage, {"init_from": saved.origin()}]
         return f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0"
-
-
-def _add_gradients(a: Mapping[str, Array], b: Mapping[str, Array]) -> Gradients:
-    """Sums of gradients of equal name, in place of the first: both were this step's own."""
-    names = sorted(a)
-
-    def add(index: int) -> None:
-        total = a[names[index]]
-        total += b[names[index]]
-
-    parallel.for_each(len(names), add)
-    return dict(a)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from oxidizr_ref import LanguageModel, load_config
-from oxidizr_ref.memory import available_bytes, estimate_memory, peak_bytes, resident_bytes
+from oxidizr_ref.memory import estimate_memory
+from oxidizr_ref.memory_now import available_bytes, peak_bytes, resident_bytes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peaks from /proc, which only Linux has")
 

@@ -373,9 +373,9 @@ def counting_tiles() -> Iterator[dict[str, int]]:
         note(len(borders))
         return borders
 
-    def for_each(count: int, work: Callable[[int], None]) -> None:
+    def for_each(count: int, work: Callable[[int], None], like: Any = None) -> None:
         note(count)
-        spread(count, work)
+        spread(count, work, like)
 
     with mock.patch.object(parallel, "tiles", tiles), mock.patch.object(parallel, "for_each", for_each):
         yield counts

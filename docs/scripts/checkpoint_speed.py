@@ -20,7 +20,7 @@ import numpy as np
 
 from oxidizr_ref import checkpoint
 from oxidizr_ref.checkpoint import disk
-from oxidizr_ref.memory import peak_bytes, resident_bytes
+from oxidizr_ref.memory_now import peak_bytes, resident_bytes
 
 CHUNK = 4 << 20
 

@@ -60,7 +60,7 @@ def step_point(model: str, changes: list[str], rounds: int) -> Point:
 def peak_of_two_steps(config: Config) -> int:
     """Bytes that making a model and training it brings to this process, at most. `bench` leaves out what is there before the
     first step: the weights always, and the optimizer's moments when they are small."""
-    from oxidizr_ref.bench import peak_bytes, resident_bytes
+    from oxidizr_ref.memory_now import peak_bytes, resident_bytes
     from oxidizr_ref.model import LanguageModel
     from oxidizr_ref.trainer import Trainer
 
@@ -79,7 +79,7 @@ def cross_entropy_point(tokens: int, vocabulary: int) -> Point:
     import numpy as np
 
     from oxidizr_ref.autograd import Tensor
-    from oxidizr_ref.bench import peak_bytes, resident_bytes
+    from oxidizr_ref.memory_now import peak_bytes, resident_bytes
     from oxidizr_ref.fused.linear_cross_entropy import linear_cross_entropy
 
     random = np.random.default_rng(0)

@@ -1,7 +1,8 @@
 """Handing checkpoints to the store: at once, or in the background while training goes on.
 
-In the background the bytes are the same: what is written is a copy, made between two steps. One save is under way at a time;
-the next one waits for it, and none is ever skipped.
+In the background the bytes are the same: what is written is a copy, made between two steps. (From a device it is a copy
+anyway, and the next step does not wait for it.) One save is under way at a time; the next one waits for it, and none is ever
+skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from oxidizr_ref import parallel
 from oxidizr_ref.checkpoint.format import HostArray
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.errors import SaveError
+from oxidizr_ref.transfers import HostCopies
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class Saver:
         self._hurry = threading.Event()
         self._finished: list[Save | BaseException] = []
 
-    def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        """Save, or begin to: then ``tensors`` may be changed as soon as this returns."""
+    def save(self, step: int, tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> None:
+        """Save, or begin to: then what ``tensors`` are copies of may be changed as soon as this returns."""
         self._join()
         if not self._background:
             self._write(step, tensors, metadata)
             return
-        copies, frozen = self._copy(tensors), dict(metadata)
+        private = isinstance(tensors, HostCopies) and tensors.private
+        copies, frozen = tensors if private else self._copy(tensors), dict(metadata)
         self._thread = threading.Thread(
             target=self._write_in_background, args=(step, copies, frozen), name=f"save-{step}", daemon=False
         )
@@ -73,7 +75,7 @@ class Saver:
             self._hurry.clear()
             self._thread = None
 
-    def _copy(self, tensors: Mapping[str, Any]) -> dict[str, HostArray]:
+    def _copy(self, tensors: Mapping[str, HostArray]) -> dict[str, HostArray]:
         """A copy between two steps, into the memory of the copy before it."""
         names = sorted(tensors)
         for name in names:
@@ -82,15 +84,17 @@ class Saver:
         parallel.for_each(len(names), lambda index: np.copyto(self._copies[names[index]], tensors[names[index]]))
         return self._copies
 
-    def _write_in_background(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    def _write_in_background(self, step: int, tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> None:
         with parallel.unhurried(self._hurry):
             try:
                 self._write(step, tensors, metadata)
             except BaseException as error:  # raised where somebody hears it, by `finished`
                 self._finished.append(error)
 
-    def _write(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    def _write(self, step: int, tensors: Mapping[str, HostArray], metadata: Mapping[str, str]) -> None:
         began, error = time.perf_counter(), None
+        if isinstance(tensors, HostCopies):
+            tensors.wait()
         try:
             self._store.save(step, tensors, metadata)
         except SaveError as refused:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from oxidizr_ref.backend import Array, to_host
+from oxidizr_ref.backend import Array
 from oxidizr_ref.checkpoint.format import Checkpoint
 from oxidizr_ref.checkpoint.header import FORMAT_VERSION
 from oxidizr_ref.config import canonical_json, config_differences
 from oxidizr_ref.errors import CheckpointError, MismatchError
+from oxidizr_ref.transfers import HostCopies
 from oxidizr_ref.version import NUMERICS_VERSION
 
 _OPTIMIZER = "optimizer."
@@ -43,6 +44,7 @@ class RunState:
     tokenizer         name, digest, vocabulary: text can be made again       tokenizers
     fingerprint       the machine class                                      fingerprint
     lineage           earlier changes of config, data or machine class       this file
+    loss_scale        f16 on a device: the scale and its counts, else None   loss_scale.LossScale
     ================  =====================================================  ==========================
     """
 
@@ -56,10 +58,12 @@ class RunState:
     tokenizer: dict[str, Any]
     fingerprint: dict[str, Any]
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    loss_scale: dict[str, Any] | None = None
 
-    def progress(self) -> dict[str, int]:
+    def progress(self) -> dict[str, Any]:
         """Where the run stands, the derived numbers included."""
-        return {
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+        return scale | {
             "step": self.step,
             "cursor": self.cursor,
             "windows_an_epoch": self.windows_an_epoch,
@@ -77,11 +81,19 @@ class RunState:
         }
 
 
-def to_file(state: RunState) -> tuple[dict[str, Any], dict[str, str]]:
-    """``(tensors, metadata)`` as `format.save` takes them."""
-    tensors = {name: to_host(array) for name, array in state.weights.items()}
-    tensors |= {_OPTIMIZER + name: to_host(array) for name, array in state.optimizer.items()}
-    metadata = {
+def to_file(state: RunState) -> tuple[HostCopies, dict[str, str]]:
+    """``(tensors, metadata)`` as `format.save` takes them. Of a device, the tensors are complete after their `wait`."""
+    return HostCopies(tensors_of(state)), metadata_of(state)
+
+
+def tensors_of(state: RunState) -> dict[str, Array]:
+    """The arrays of a file by name, where they live."""
+    return {**state.weights, **{_OPTIMIZER + name: array for name, array in state.optimizer.items()}}
+
+
+def metadata_of(state: RunState) -> dict[str, str]:
+    """The strings of a file."""
+    return {
         "format": "pt",  # what Hugging Face loaders expect of a file they take weights from
         "format_version": str(FORMAT_VERSION),
         "numerics_version": str(NUMERICS_VERSION),
@@ -92,7 +104,6 @@ def to_file(state: RunState) -> tuple[dict[str, Any], dict[str, str]]:
         "fingerprint": canonical_json(state.fingerprint),
         "lineage": canonical_json(state.lineage),
     }
-    return tensors, metadata
 
 
 def from_file(file: Checkpoint, where: object) -> RunState:
@@ -108,6 +119,7 @@ def from_file(file: Checkpoint, where: object) -> RunState:
             step=int(progress["step"]),
             cursor=int(progress["cursor"]),
             windows_an_epoch=int(progress["windows_an_epoch"]),
+            loss_scale=_loss_scale(progress.get("loss_scale")),
             **parts,
         )
         consistent = state.progress() == progress
@@ -116,6 +128,12 @@ def from_file(file: Checkpoint, where: object) -> RunState:
     if not consistent:
         raise CheckpointError(f"{where}: epoch or tokens_seen do not follow from its cursor: {progress}")
     return state
+
+
+def _loss_scale(state: Any) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    return {"scale": float(state["scale"]), **{key: int(state[key]) for key in ("good_steps", "skipped")}}
 
 
 #: The metadata that hold JSON objects (lineage: a list), and the keys without which they say too little.
@@ -146,22 +164,23 @@ def continue_from(
     machine class may change and are told. Raises MismatchError naming what does not fit; with ``strict``, for any change.
     Raises CheckpointError when the file's tensors are not those of its own config.
     """
-    changed = config_differences(saved.config, here.config)
+    changed = config_differences(_with_all_dtypes(saved.config), _with_all_dtypes(here.config))
     _refuse_another_model(changed)
     _refuse_other_tensors(saved.weights, here.weights, f"{where}: weight")
     _refuse_other_tensors(saved.optimizer, here.optimizer, f"{where}: optimizer slot")
     notices = []
     for kind, differs, what in (
         ("seed", _changes(changed, "trainer.seed"), _changes(changed, "trainer.seed")),
-        ("dtype", _changes(changed, "model.dtype"), _changes(changed, "model.dtype")),
+        ("dtype", _changes(changed, *_DTYPES), _changes(changed, *_DTYPES)),
         ("data", _identity(saved) != _identity(here), _describe_data(saved, here)),
     ):
         if differs and kind not in allow:
             way = "give its own with -d FILE, or accept it with" if kind == "data" else "accept it with"
             raise MismatchError(f"the checkpoint was made with other {kind}: {what}; {way} --allow-mismatch {kind}")
         if differs:
-            notices.append(f"going on with other {kind}: {what}")
-    rest = _changes(changed, "trainer.", "data.", "device", but="trainer.seed")
+            converted = "; every number is converted, rounded to nearest" if kind == "dtype" else ""
+            notices.append(f"going on with other {kind}: {what}{converted}")
+    rest = _changes(changed, "trainer.", "data.", "device", but=("trainer.seed", *_DTYPES))
     if rest:
         notices.append(f"config changed at step {saved.step}: {rest}")
     machine = _machine_changes(saved.fingerprint, here.fingerprint)
@@ -173,6 +192,15 @@ def continue_from(
         raise MismatchError(f"--strict: {notices[0]}")
     lineage = [*saved.lineage, saved.origin()] if notices else list(saved.lineage)
     return notices, lineage
+
+
+#: The keys that say how numbers are stored.
+_DTYPES = ("model.dtype", "trainer.optimizer_dtype")
+
+
+def _with_all_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A canonical config with the key that is left out of it where it says what it always was."""
+    return {**config, "trainer": {"optimizer_dtype": "f32", **config["trainer"]}}
 
 
 def _refuse_another_model(changed: list[tuple[str, Any, Any]]) -> None:
@@ -188,9 +216,9 @@ def _refuse_other_tensors(saved: Mapping[str, Array], here: Mapping[str, Array],
             raise CheckpointError(f"{what} {name} is {found}; by the config in the file it should be {wanted}")
 
 
-def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: str = "\0") -> str:
+def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: tuple[str, ...] = ()) -> str:
     """``key old → new`` of the changed keys with one of these prefixes, in one line."""
-    chosen = [change for change in changed if change[0].startswith(prefixes) and change[0] != but]
+    chosen = [change for change in changed if change[0].startswith(prefixes) and change[0] not in but]
     return ", ".join(f"{key} {old} → {new}" for key, old, new in chosen)
 
 

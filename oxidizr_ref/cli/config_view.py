@@ -27,7 +27,7 @@ _LEGEND = (
 
 def memory_words(estimate: MemoryEstimate) -> str:
     """The estimate in one line: ``about 98 MB (parameters 1.2 MB, …)``; what is not needed is left out."""
-    detail = ", ".join(f"{name} {size_of(size)}" for name, size in asdict(estimate).items() if size)
+    detail = ", ".join(f"{name} {size_of(size)}" for name, size in estimate.parts().items())
     return f"about {size_of(estimate.total)} ({detail})"
 
 
@@ -104,7 +104,8 @@ def _file_size(config: Config) -> int | None:
     shapes = {name: p.full_shape for name, p in LanguageModel(config.model, seed=None).named_parameters()}
     slots = {f"optimizer.{slot}.{name}": shape for slot in AdamW.SLOTS for name, shape in shapes.items()}
     specs = {name: (storage, shape) for name, shape in shapes.items()}
-    specs |= {name: (compute_dtype(storage), shape) for name, shape in slots.items()}
+    moments = STORAGE_DTYPES["bf16"] if config.trainer.optimizer_dtype == "bf16" else compute_dtype(storage)
+    specs |= {name: (moments, shape) for name, shape in slots.items()}
     try:
         return plan(specs, {"config": canonical_json(config.canonical())}).file_size
     except CheckpointError:

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from oxidizr_ref.checkpoint.disk import free_bytes
 from oxidizr_ref.cli.config_view import memory_words
 from oxidizr_ref.cli.words import printable_lines, size_of
-from oxidizr_ref.memory import estimate_memory, resident_bytes
+from oxidizr_ref.memory import estimate_memory
+from oxidizr_ref.memory_now import resident_bytes
 from oxidizr_ref.run import Record, Reporter
 
 if TYPE_CHECKING:
@@ -43,18 +44,18 @@ class HeadlessReporter(Reporter):
 class PlainReporter(Reporter):
     """A line a logged step on stderr: what people get where no bar can be drawn (a file, a CI log)."""
 
-    _total = 0
+    _total, _device = 0, "cpu"
 
     def notice(self, text: str) -> None:
         print(printable_lines(text), file=sys.stderr, flush=True)
 
     def begin(self, trainer: Trainer) -> None:
         self.notice(_introduction(trainer))
-        self._total = trainer.total_steps
+        self._total, self._device = trainer.total_steps, trainer.device
 
     def step(self, record: Record, logged: bool) -> None:
         if logged:
-            self.notice(f"step {record['step']:>6}/{self._total}  {_numbers(record)}  {_rates(record)}")
+            self.notice(f"step {record['step']:>6}/{self._total}  {_numbers(record)}  {_rates(record, self._device)}")
 
     def saved(self, path: Path) -> None:
         self.notice(f"saved {path}")
@@ -67,23 +68,24 @@ class BarReporter(Reporter):
         self._console = Console(stderr=True)
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
-        self._rates, self._eval, self._shown = "", "", 0.0
+        self._rates, self._eval, self._shown, self._device = "", "", 0.0, "cpu"
 
     def notice(self, text: str) -> None:
         self._console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, trainer: Trainer) -> None:
         self.notice(_introduction(trainer))
+        self._device = trainer.device
         self._task = self._progress.add_task("", total=trainer.total_steps, completed=trainer.step)
         self._progress.start()
 
     def step(self, record: Record, logged: bool) -> None:
         if logged or time.perf_counter() - self._shown > 0.5:
-            self._rates = _rates(record)
+            self._rates = _rates(record, self._device)
             self._shown = time.perf_counter()
         if "eval_loss" in record:
             self._eval = f" (held out {record['eval_loss']:.3f})"
-        text = f"loss {record['loss']:.3f}{self._eval} norm {record['grad_norm']:.2f} {self._rates}"
+        text = f"loss {record['loss']:.3f}{self._eval} norm {_norm(record)} {self._rates}"
         self._progress.update(self._task, completed=record["step"], description=text)
 
     def end(self) -> None:
@@ -104,7 +106,7 @@ def _introduction(trainer: Trainer) -> str:
     text = (
         f"{model.name}: {trainer.model.num_parameters():,} parameters, {model.dtype}, {trainer.device}, "
         f"{trainer.total_steps:,} steps of {trainer.tokens_a_step:,} tokens\n"
-        f"memory: {memory_words(estimate_memory(trainer.config))}\n{_disk(trainer)}"
+        f"memory: {memory_words(estimate_memory(trainer.config, trainer.device))}\n{_disk(trainer)}"
     )
     if model.uses_moe and "attention" in model.layer_kinds and not trainer.config.trainer.load_balance_alpha:
         text += "\nnote: trainer.load_balance_alpha is 0, so nothing keeps the experts evenly used"
@@ -122,8 +124,13 @@ def _disk(trainer: Trainer) -> str:
 
 def _numbers(record: Record) -> str:
     eval_loss = f"  held out {record['eval_loss']:.4f}" if "eval_loss" in record else ""
-    return f"loss {record['loss']:.4f}{eval_loss}  norm {record['grad_norm']:.2f}  lr {record['learning_rate']:.2e}"
+    return f"loss {record['loss']:.4f}{eval_loss}  norm {_norm(record)}  lr {record['learning_rate']:.2e}"
 
 
-def _rates(record: Record) -> str:
-    return f"{record['it/s']:.1f} it/s {record['tokens/s']:,.0f} tok/s {resident_bytes() / 1e6:.0f} MB"
+def _norm(record: Record) -> str:
+    return "overflowed, not used" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
+
+
+def _rates(record: Record, device: str) -> str:
+    memory = f"{resident_bytes(device) / 1e6:.0f} MB{' of the gpu' if device == 'gpu' else ''}"
+    return f"{record['it/s']:.1f} it/s {record['tokens/s']:,.0f} tok/s {memory}"

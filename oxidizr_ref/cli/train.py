@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from oxidizr_ref import parallel
-from oxidizr_ref.backend import resolve_device
+from oxidizr_ref.backend import resolve_device, use_device
 from oxidizr_ref.checkpoint.format import read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.checkpoint.store import existing
@@ -22,7 +22,8 @@ from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
 from oxidizr_ref.data import open_data
 from oxidizr_ref.errors import CheckpointError, UsageError
-from oxidizr_ref.memory import available_bytes, estimate_memory
+from oxidizr_ref.memory import estimate_memory, out_of_memory
+from oxidizr_ref.memory_now import available_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import Reporter, RunOptions
 from oxidizr_ref.sampling import sample_tokens
@@ -131,9 +132,7 @@ def train(
     time_limit: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="Save and end within this time.", rich_help_panel=_RUN)
     ] = None,
-    gpus: Annotated[
-        str | None, typer.Option(metavar="0,1", help="Devices to train on, data-parallel.", rich_help_panel=_RUN)
-    ] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="N", help="The CUDA device to train on.", rich_help_panel=_RUN)] = None,
     sync_backend: Annotated[
         SyncBackend | None, typer.Option(help="How --gpus add up gradients.", rich_help_panel=_RUN)
     ] = None,
@@ -167,7 +166,7 @@ def train(
     run_config = _config(config, resume, settings or [], flags)
     reporter = make_reporter(headless)
     demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
-    device = _device(run_config, demanded_by, reporter)
+    device = _device(run_config, demanded_by, gpus, reporter)
     if threads is not None:
         parallel.set_threads(threads)
     options = RunOptions(
@@ -185,10 +184,13 @@ def train(
 
 def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -> int:
     data = open_data(config)
-    _warn_if_too_large(config, reporter)
+    _warn_if_too_large(config, reporter, device)
     with Signals() as signals:  # from here on a signal is a wish, also while a large model or checkpoint is loaded
-        model = LanguageModel(config.model, config.trainer.seed)
-        trainer = Trainer(config, model, data, options, reporter, device)
+        try:
+            model = LanguageModel(config.model, config.trainer.seed, device)
+            trainer = Trainer(config, model, data, options, reporter)
+        except MemoryError as error:
+            raise out_of_memory(config, device, error, "nothing was written") from error
         try:
             outcome = trainer.fit(signals)
         finally:
@@ -265,16 +267,27 @@ def _fill_in_what_changes_no_bits(inside: dict[str, Any], directory: Path) -> No
         raise UsageError(f"{beside}: is damaged; give the config with -f CONFIG, or remove this file") from None
 
 
-def _device(config: Config, demanded_by: str | None, reporter: Reporter) -> str:
+def _device(config: Config, demanded_by: str | None, gpus: str | None, reporter: Reporter) -> str:
     device = resolve_device("gpu" if demanded_by else config.trainer.target_device, demanded_by=demanded_by)
+    if gpus is not None:
+        use_device(_number_of(gpus), demanded_by=f"--gpus {gpus}")
     if config.trainer.target_device == "gpu" and device == "cpu":
         reporter.notice("target_device gpu: none is usable here (--target-device gpu says why); training on the cpu")
     return device
 
 
-def _warn_if_too_large(config: Config, reporter: Reporter) -> None:
+def _number_of(gpus: str) -> int:
+    """The one device that ``--gpus`` names."""
+    if "," in gpus:
+        raise UsageError(f"--gpus {gpus}: this version trains on one device; name one of them")
+    if not gpus.strip().isdecimal():
+        raise UsageError(f"--gpus {gpus}: expected the number of a CUDA device, such as 0")
+    return int(gpus)
+
+
+def _warn_if_too_large(config: Config, reporter: Reporter, device: str) -> None:
     """Before anything large is allocated, say so if the run will not fit."""
-    needed, there = estimate_memory(config).total, available_bytes()
+    needed, there = estimate_memory(config, device).total, available_bytes(device)
     if there is not None and needed > there:
         advice = "a smaller --batch-size or --seq-len, or a smaller model, needs less"
         reporter.notice(f"warning: this run needs about {size_of(needed)}, and {size_of(there)} are free; {advice}")
