@@ -10,21 +10,22 @@ a group, P width of q and k, V width of v.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import numpy as np
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, to_device, xp_of
+from oxidizr_ref.backend import Array, by_device, constant, xp_of
 from oxidizr_ref.fused.register import fused
 from oxidizr_ref.fused.rows import column_sums, row_sums
 from oxidizr_ref.watch import named
 
-QUERY_BLOCK = 64
+QUERY_BLOCK, DEVICE_QUERY_BLOCK = 64, 512
 #: Scores of one tile of heads, what one core works on at a time: at most, and what a second tile must be worth.
 SCORES, FEWEST_SCORES = 1 << 19, 1 << 16
+#: Of a device: 256 MiB in float32.
+DEVICE_SCORES = 1 << 26
 
 
 def causal_mask(queries: int, keys: int) -> np.ndarray[Any, Any]:
@@ -38,7 +39,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (ops.swapaxes(x, 1, 2) for x in (q, _repeat(k, H // K), _repeat(v, H // K)))  # [B,H,T or S,P or V]
     scores = named("scores", ops.matmul(q, ops.swapaxes(k, 2, 3)) * scale)  # [B,H,T,S]
     hidden = ops.as_tensor(-np.inf, like=scores)
-    past = to_device(causal_mask(T, S), scores.data)
+    past = constant(causal_mask, T, S, like=scores.data)
     probs = named("probs", ops.softmax(named("masked_scores", ops.where(scores, hidden, condition=past)), axis=-1))
     return ops.swapaxes(ops.matmul(probs, v), 1, 2)
 
@@ -53,7 +54,7 @@ class Attention(Function):
     def forward(self, q: Array, k: Array, v: Array, *, scale: float) -> Array:
         xp = xp_of(q)
         (B, T, H, _), (S, K, V) = q.shape, v.shape[1:]
-        self.scale, self.plan = scale, _Plan(B, T, S, K, H // K)
+        self.scale, self.plan = scale, _Plan(B, T, S, K, H // K, like=q)
         y = xp.empty((B, T, H, V), dtype=q.dtype)
         self.logsum = xp.empty((B, K, H // K, T), dtype=q.dtype)
         q_, k_, v_, y_ = _by_head(q, K), _by_head(k, K), _by_head(v, K), _by_head(y, K)
@@ -75,7 +76,7 @@ class Attention(Function):
                 y_[at][:, :, :, i:j] = y_block.reshape(y_[at][:, :, :, i:j].shape)
                 self.logsum[at][:, :, :, i:j] = (top + xp.log(total)).reshape(self.logsum[at][:, :, :, i:j].shape)
 
-        parallel.for_each(self.plan.tiles, heads)
+        parallel.for_each(self.plan.tiles, heads, like=q)
         self.q, self.k, self.v, self.y = q, k, v, y
         return y
 
@@ -108,23 +109,24 @@ class Attention(Function):
                 dq_[block] *= scale
             dk_[at][:, :, 0], dv_[at][:, :, 0] = dk_tile, dv_tile
 
-        parallel.for_each(plan.tiles, heads)
+        parallel.for_each(plan.tiles, heads, like=q)
         return dq, dk, dv
 
 
 class _Plan:
     """How attention is cut: a tile is some heads of one sequence, or all of some, done query block by query block."""
 
-    def __init__(self, B: int, T: int, S: int, K: int, G: int) -> None:
-        self.group = G
-        one_head = max(1, G * min(T, QUERY_BLOCK) * S)
+    def __init__(self, B: int, T: int, S: int, K: int, G: int, like: Array) -> None:
+        self.group, queries = G, by_device(like, QUERY_BLOCK, DEVICE_QUERY_BLOCK)
+        one_head = max(1, G * min(T, queries) * S)
         size = min(SCORES, max(FEWEST_SCORES, -(-B // 2) * K * one_head if B > 1 else -(-K // 2) * one_head))
+        size = by_device(like, size, DEVICE_SCORES)
         sequences, heads = max(1, size // (K * one_head)), min(K, max(1, size // one_head))
         self._places = [
             (slice(*batch), slice(*head)) for batch in parallel.tiles(B, sequences) for head in parallel.tiles(K, heads)
         ]
         self.tiles = len(self._places)
-        self._blocks = [(i, j, j + S - T) for i, j in parallel.tiles(T, QUERY_BLOCK)]
+        self._blocks = [(i, j, j + S - T) for i, j in parallel.tiles(T, queries)]
 
     def tile(self, index: int) -> tuple[tuple[slice, slice], list[tuple[int, int, int]]]:
         """Where tile ``index`` lies in ``[B,K,…]`` and its blocks: first query, last query, number of keys seen."""
@@ -155,10 +157,9 @@ def _hide_future(scores: Array, queries: int) -> None:
     # Only the last `queries` keys can lie in the future of any query of the block.
     recent = scores[..., seen - queries :].reshape(b, k, rows // queries, queries, queries)
     order = "C" if scores.strides[-1] == scores.itemsize else "F"  # as the scores lie, so that rows are added to rows
-    recent += to_device(_future_bias(queries, scores.dtype.name, order), scores)
+    recent += constant(_future_bias, queries, scores.dtype.name, order, like=scores)
 
 
-@functools.lru_cache(maxsize=256)
 def _future_bias(queries: int, dtype: str, order: Literal["C", "F"]) -> np.ndarray[Any, Any]:
     return np.where(causal_mask(queries, queries), 0.0, -np.inf).astype(dtype, order=order)
 

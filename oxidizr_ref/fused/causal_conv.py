@@ -7,11 +7,14 @@ K weights a channel; what lies before the sequence counts as zero. Kept for the 
 
 from __future__ import annotations
 
+import math
+
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
 from oxidizr_ref.fused.rows import column_sums
+from oxidizr_ref.kernels import Kernel
 from oxidizr_ref.watch import named
 
 
@@ -88,6 +91,101 @@ class CausalConv(Function):
             earlier = x[max(0, i - K + 1 + k) : max(0, j - K + 1 + k)]
             h[len(h) - len(earlier) :] += earlier * w[k]
         return h
+
+
+@CausalConv.on_device
+class CausalConvKernels(Function):
+    """The same as kernels: one thread for one channel of one token, neighbouring threads for neighbouring channels."""
+
+    def forward(self, x: Array, weight: Array, bias: Array) -> Array:
+        xp, (_, T, C), K = xp_of(x), x.shape, weight.shape[2]
+        self.x = xp.ascontiguousarray(x)
+        self.half_weight, self.half_bias = xp.ascontiguousarray(weight[:, 0].T) * 0.5, bias * 0.5  # [K,C], [C]
+        y = xp.empty_like(self.x)
+        _FORWARD.threads(y.size, self.x, self.half_weight, self.half_bias, y, y.size, T, C, K)
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        xp, x, w, (B, T, C), K = xp_of(dy), self.x, self.half_weight, self.x.shape, len(self.half_weight)
+        dh, dx = xp.empty_like(x), xp.empty_like(x)  # dh = 2 dpre
+        _BEFORE.threads(x.size, xp.ascontiguousarray(dy), x, w, self.half_bias, dh, x.size, T, C, K)
+        _INPUT.threads(x.size, dh, w, dx, x.size, T, C, K)
+        # dweight and dbias are sums over all tokens: over pieces of the sequences first, about as many as tokens in each.
+        piece = max(1, min(T, math.isqrt(B * T)))
+        pieces = -(-T // piece)
+        parts = xp.empty((B * pieces, K + 1, C), dtype=dy.dtype)  # the last of K + 1 rows is the bias's
+        _WEIGHT.threads(parts.size, dh, x, parts, parts.size, T, C, K, piece, pieces)
+        dweight, dbias = xp.empty((C, 1, K), dtype=dy.dtype), xp.empty(C, dtype=dy.dtype)
+        _TOTAL.threads((K + 1) * C, parts, dweight, dbias, len(parts), C, K)
+        return dx, dweight, dbias
+
+
+_FORWARD = Kernel("""
+__global__ void causal_conv(const T* x, const T* half_weight, const T* half_bias, T* y,
+                            long long count, long long time, long long channels, long long kernel) {
+    if (THREAD >= count) return;
+    long long c = THREAD % channels, t = THREAD / channels % time;
+    T h = half_bias[c];
+    for (long long k = 0, s = t - kernel + 1; k < kernel; k++, s++)
+        if (s >= 0) h += half_weight[k * channels + c] * x[THREAD + (s - t) * channels];
+    y[THREAD] = (1 + tanh(h)) * h;
+}
+""")
+
+_BEFORE = Kernel("""
+__global__ void causal_conv_dh(const T* dy, const T* x, const T* half_weight, const T* half_bias, T* dh,
+                               long long count, long long time, long long channels, long long kernel) {
+    if (THREAD >= count) return;
+    long long c = THREAD % channels, t = THREAD / channels % time;
+    T h = half_bias[c];
+    for (long long k = 0, s = t - kernel + 1; k < kernel; k++, s++)
+        if (s >= 0) h += half_weight[k * channels + c] * x[THREAD + (s - t) * channels];
+    // y = (1 + tanh(h)) h
+    T tan_h = tanh(h), silu = (1 + tan_h) * h;
+    dh[THREAD] = (1 + tan_h + silu - tan_h * silu) * dy[THREAD];
+}
+""")
+
+_INPUT = Kernel("""
+__global__ void causal_conv_dx(const T* dh, const T* half_weight, T* dx,
+                               long long count, long long time, long long channels, long long kernel) {
+    if (THREAD >= count) return;
+    long long c = THREAD % channels, t = THREAD / channels % time;
+    T sum = 0;
+    // h_t = (bias + Σ_k weight_k ∘ x_{t-K+1+k}) / 2: x_t is read at the times s = t + K-1-k
+    for (long long k = 0, s = t + kernel - 1; k < kernel; k++, s--)
+        if (s < time) sum += half_weight[k * channels + c] * dh[THREAD + (s - t) * channels];
+    dx[THREAD] = sum;
+}
+""")
+
+_WEIGHT = Kernel("""
+__global__ void causal_conv_dweight(const T* dh, const T* x, T* parts, long long count, long long time,
+                                    long long channels, long long kernel, long long piece, long long pieces) {
+    if (THREAD >= count) return;
+    long long c = THREAD % channels, k = THREAD / channels % (kernel + 1), part = THREAD / channels / (kernel + 1);
+    long long begin = part % pieces * piece, end = begin + piece < time ? begin + piece : time;
+    long long back = k < kernel ? kernel - 1 - k : 0;  // how long before its output an input stands
+    dh += part / pieces * time * channels + c, x += part / pieces * time * channels + c;
+    T sum = 0;
+    for (long long t = begin > back ? begin : back; t < end; t++)
+        sum += k < kernel ? dh[t * channels] * x[(t - back) * channels] : dh[t * channels];
+    parts[THREAD] = sum;
+}
+""")
+
+_TOTAL = Kernel("""
+__global__ void causal_conv_dweight_total(const T* parts, T* dweight, T* dbias,
+                                          long long count, long long channels, long long kernel) {
+    long long rows = kernel + 1, k = THREAD / channels, c = THREAD % channels;
+    if (k >= rows) return;
+    T sum = 0;
+    for (long long part = 0; part < count; part++) sum += parts[part * rows * channels + THREAD];
+    sum *= (T)0.5;
+    if (k < kernel) dweight[c * kernel + k] = sum;
+    else dbias[c] = sum;
+}
+""")
 
 
 @fused(causal_conv_ref)

@@ -18,7 +18,6 @@ N state size, P head width. What all heads of a group share is one matrix produc
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,11 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oxidizr_ref import parallel
-from oxidizr_ref.backend import Array, to_device, xp_of
-from oxidizr_ref.fused.rows import row_sums
+from oxidizr_ref.backend import Array, constant, on_device, xp_of
+from oxidizr_ref.fused.rows import repeated, row_dots, row_sums
+from oxidizr_ref.kernels import Kernel
 
-#: Weights of one tile, ``sequences × chunks × heads × q × q``: what one core works on at a time.
-WEIGHTS = 1 << 19
+#: Weights of one tile, ``sequences × chunks × heads × q × q``: what one core works on at a time, and what a device does.
+WEIGHTS, DEVICE_WEIGHTS = 1 << 19, 1 << 25
 
 
 class Lanes(NamedTuple):
@@ -76,14 +76,14 @@ class LaneTile(NamedTuple):
         return v[..., self.heads, :] if v.ndim == 6 else v[..., self.heads]
 
 
-def lane_tiles(B: int, T: int, G: int, h: int, Q: int, R: int) -> list[LaneTile]:
+def lane_tiles(B: int, T: int, G: int, h: int, Q: int, R: int, on_a_device: bool = False) -> list[LaneTile]:
     """How B sequences of T tokens and G groups of h heads are cut: a function of shapes alone.
 
     A last chunk that is shorter than Q tokens is in tiles of its own.
     """
-    tiles = []
+    tiles, weights = [], DEVICE_WEIGHTS if on_a_device else WEIGHTS
     for first, chunks, length in [(0, T // Q, Q), (T // Q, min(1, T % Q), T % Q)]:
-        lanes = max(1, WEIGHTS // max(1, length * R) ** 2)
+        lanes = max(1, weights // max(1, length * R) ** 2)
         places = itertools.product(
             _even_tiles(B, lanes // max(1, G * h * chunks)),
             _even_tiles(chunks, lanes // (G * h)),
@@ -116,7 +116,7 @@ class _Passing:
         xp = xp_of(lanes.x)
         self.R, self.x, self.B, self.C, self.inflow = R, lanes.x, lanes.B, lanes.C, lanes.inflow
         # a_i + … + a_t, never positive. In float64: behind a strong decay, differences of float32 sums have few digits left.
-        self.past = to_device(_past(lanes.a.shape[-1]), lanes.a)
+        self.past = constant(_past, lanes.a.shape[-1], like=lanes.a)
         self.cum = xp.matmul(lanes.a.astype(np.float64, order="C"), self.past.T) + lanes.a  # [b,m,g,h,Q]
         dtype = self.x.dtype
         self.since = xp.exp(self.cum.astype(dtype))  # what is left at t of the state before the chunk
@@ -125,7 +125,7 @@ class _Passing:
     def at_positions(self, v: Array) -> Array:
         """A number a token as a column, one for each of its positions: ``[…,h,Q]`` to ``[…,q,h,1]``."""
         v = v.swapaxes(-1, -2)
-        return (v if self.R == 1 else xp_of(v).repeat(v, self.R, axis=-2))[..., None]
+        return (v if self.R == 1 else repeated(v, self.R))[..., None]
 
     def of_tokens(self, v: Array) -> Array:
         """Numbers of positions summed over each token's: ``[…,q,h]`` to ``[…,h,Q]``."""
@@ -149,6 +149,10 @@ def _carry(states: Array, totals: Array, chunks: range) -> None:
     states: ``[B,M,G,N,h,P]``, totals: ``[B,M,G,h]``.
     """
     xp = xp_of(states)
+    if on_device(states):
+        lanes = states.size // max(1, states.shape[1])
+        _CARRY.threads(lanes, states, totals, lanes, *states.shape[1:], int(chunks.step < 0))
+        return
 
     def sequence(b: int) -> None:
         S = xp.zeros(states.shape[2:], dtype=states.dtype)
@@ -159,6 +163,23 @@ def _carry(states: Array, totals: Array, chunks: range) -> None:
             S += added
 
     parallel.for_each(len(states), sequence)
+
+
+_CARRY = Kernel("""
+__global__ void carry(T* states, const T* totals, long long lanes, long long chunks, long long groups, long long size,
+                      long long heads, long long width, long long backward) {
+    if (THREAD >= lanes) return;
+    long long inside = size * heads * width;  // of a group
+    long long group = THREAD / inside % groups, head = THREAD / width % heads, first = THREAD / (groups * inside) * chunks;
+    T S = 0;
+    for (long long i = 0; i < chunks; i++) {
+        long long chunk = (first + (backward ? chunks - 1 - i : i)) * groups + group, at = chunk * inside + THREAD % inside;
+        T added = states[at];
+        states[at] = S;
+        S = totals[chunk * heads + head] * S + added;
+    }
+}
+""")
 
 
 # --- inside chunks ----------------------------------------------------------------------------------------------------
@@ -196,7 +217,6 @@ class _Chunk(_Passing):
         return weight.swapaxes(-1, -2)[..., None]
 
 
-@functools.lru_cache(maxsize=256)
 def _past(tokens: int) -> np.ndarray[Any, Any]:
     """1 where s < t, else 0: ``[tokens, tokens]``."""
     return np.tril(np.ones((tokens, tokens)), -1)
@@ -208,14 +228,26 @@ def _decays(cum: Array, dtype: Any) -> Array:
     For float32 the float64 sums are split in two; each difference is a product of four terms, which BLAS forms ten times as
     fast as a subtraction with broadcasting.
     """
-    xp = xp_of(cum)
+    xp, Q = xp_of(cum), cum.shape[-1]
+    if on_device(cum):
+        decay = xp.empty((*cum.shape, Q), dtype=dtype)
+        _DECAYS.threads(decay.size, decay, xp.ascontiguousarray(cum), decay.size, Q)
+        return decay
     high = cum.astype(dtype)
     low, one = (cum - high).astype(dtype), xp.ones(cum.shape, dtype=dtype)
     left, right = xp.stack([high, one, low, one], axis=-1), xp.stack([one, -high, one, -low], axis=-2)
     difference = xp.matmul(left, right)
     xp.minimum(difference, 0, out=difference)  # what lies in the future is no decay: it would overflow
-    decay: Array = xp.exp(difference, out=difference)
-    return decay
+    return xp.exp(difference, out=difference)
+
+
+_DECAYS = Kernel("""
+__global__ void decays(T* decay, const double* cum, long long count, long long tokens) {
+    if (THREAD >= count) return;
+    double difference = cum[THREAD / tokens] - cum[THREAD / tokens / tokens * tokens + THREAD % tokens];
+    decay[THREAD] = exp((T)(difference > 0 ? 0 : difference));
+}
+""")
 
 
 def _by_head(v: Array) -> Array:
@@ -255,9 +287,9 @@ def scan(
         for r, s in c.ranks:
             y[..., r::R, :, :] += c.own_weight(r, s) * c.x[..., s::R, :, :]  # (3) what a token tells itself
 
-    parallel.for_each(len(tiles), adds)
+    parallel.for_each(len(tiles), adds, like=states)
     _carry(states, totals, range(states.shape[1]))
-    parallel.for_each(len(tiles), outputs)
+    parallel.for_each(len(tiles), outputs, like=states)
 
 
 def scan_backward(
@@ -285,9 +317,9 @@ def scan_backward(
         c = _Chunk(lanes_of(at, "BC"), R)
         finish(at, _gradients(c, dy_of(at), at.of_states(states), at.of_states(dstates)))
 
-    parallel.for_each(len(tiles), adds)
+    parallel.for_each(len(tiles), adds, like=states)
     _carry(dstates, totals, range(states.shape[1])[::-1])
-    parallel.for_each(len(tiles), gradients)
+    parallel.for_each(len(tiles), gradients, like=states)
 
 
 def _gradients(c: _Chunk, dout: Array, S: Array, dS: Array) -> Lanes:
@@ -329,7 +361,7 @@ def _gradients(c: _Chunk, dout: Array, S: Array, dS: Array) -> Lanes:
     if R > 1:
         pairs = c.by_token(pairs).sum(axis=-1).sum(axis=-2)  # [b,m,g,h,Q,Q]
     # from s to t or any later token; of those, that begin before t
-    da += xp.vecdot(xp.matmul(1 - past, pairs), past)
+    da += row_dots(xp.matmul(1 - past, pairs), past)
     t = xp.arange(past.shape[0])
     for (r, s), own in zip(c.ranks, dscores_own, strict=True):
         dscores_by_token[..., t, r, t, s] = own
@@ -343,9 +375,25 @@ def _gradients(c: _Chunk, dout: Array, S: Array, dS: Array) -> Lanes:
 
 def _sum_over_heads(dweights: Array, decay: Array) -> Array:
     """``Σ_h dweights ∘ decay``: ``[b,m,g,h,Q,R,Q,R]`` and ``[b,m,g,h,Q,Q]`` to ``[b,m,g,Q,R,Q,R]``, in one pass."""
-    xp = xp_of(decay)
+    xp, (h, Q, R) = xp_of(decay), dweights.shape[3:6]
+    if on_device(decay):
+        total = xp.empty((*dweights.shape[:3], Q, R, Q, R), dtype=decay.dtype)
+        _SUM_OVER_HEADS.threads(total.size, dweights, decay, total, total.size, h, Q, R)
+        return total
     if dweights.shape[-1] > 1:
-        several: Array = xp.einsum("...htrsv,...hts->...trsv", dweights, decay)
-        return several
-    single: Array = xp.einsum("...hts,...hts->...ts", dweights[..., 0, :, 0], decay)
-    return single
+        return xp.einsum("...htrsv,...hts->...trsv", dweights, decay)
+    return xp.einsum("...hts,...hts->...ts", dweights[..., 0, :, 0], decay)
+
+
+_SUM_OVER_HEADS = Kernel("""
+__global__ void sum_over_heads(const T* dweights, const T* decay, T* total, long long count, long long heads,
+                               long long tokens, long long ranks) {
+    if (THREAD >= count) return;
+    long long q = tokens * ranks, group = THREAD / (q * q), at = THREAD % (q * q);
+    long long pair = at / q / ranks * tokens + at % q / ranks;  // of tokens
+    T sum = 0;
+    for (long long head = group * heads; head < (group + 1) * heads; head++)
+        sum += dweights[head * q * q + at] * decay[head * tokens * tokens + pair];
+    total[THREAD] = sum;
+}
+""")

@@ -1,14 +1,14 @@
 """Linear map: ``y = x Wᵀ`` with the weight stored ``[out, in]``, as in PyTorch.
 
 The products are cut into fixed tiles (`parallel.matmul`). A low-precision weight is cast where it is used and kept in its
-storage dtype.
+storage dtype; on a device the other operand is cast instead (`backend.product_operands`).
 """
 
 from __future__ import annotations
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, to_compute
+from oxidizr_ref.backend import Array, product_operands, to_compute
 from oxidizr_ref.fused.register import fused
 
 
@@ -21,16 +21,16 @@ class Linear(Function):
     casts_inputs = False
 
     def forward(self, x: Array, weight: Array) -> Array:
-        self.x = to_compute(x).reshape(-1, x.shape[-1])
+        self.x, w = product_operands(x.reshape(-1, x.shape[-1]), weight)
         self.weight = weight
-        y = parallel.matmul(self.x, to_compute(weight).T)
+        y = to_compute(parallel.matmul(self.x, w.T))
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     def backward(self, dy: Array) -> tuple[Array | None, ...]:
         shape = dy.shape[:-1]
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy, w = product_operands(dy.reshape(-1, dy.shape[-1]), self.weight)
         # y = x Wᵀ
-        dx, dweight = parallel.matmuls((dy, to_compute(self.weight)), (dy.T, self.x))
+        dx, dweight = (to_compute(v) for v in parallel.matmuls((dy, w), (dy.T, self.x)))
         return dx.reshape(*shape, self.x.shape[1]), dweight
 
 

@@ -22,9 +22,12 @@ import numpy as np
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, xp_of
+from oxidizr_ref.backend import Array, on_device, xp_of
 from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, number_of_chunks, scan, scan_backward
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.fused.rows import repeated
+from oxidizr_ref.kernels import Kernel
+from oxidizr_ref.sums import running_sum
 from oxidizr_ref.watch import Part, named
 
 # --- φ_t = Σ_{s≤t} dt_s π tanh(angle_s)  (mod 2π) ---------------------------------------------------------------------
@@ -75,6 +78,41 @@ class RunningAngle(Function):
             dspeed[b] = parallel.tree_sum(list(dspeeds[b * cuts : (b + 1) * cuts]))
         return ddt, dspeed * (math.pi - speed * speed / math.pi)  # (1) speed = π tanh(angle)
 
+
+@RunningAngle.on_device
+class RunningAngleKernels(Function):
+    """The same; one thread adds up all turns of one pair of one head."""
+
+    def forward(self, dt: Array, angle: Array) -> Array:
+        xp, (B, T, H), S = xp_of(dt), dt.shape, angle.shape[-1]
+        dt = xp.ascontiguousarray(dt)
+        speed = xp.ascontiguousarray(xp.tanh(angle.astype(np.float64)) * math.pi)  # (1)
+        y = xp.empty((B, T, H, S), dtype=dt.dtype)
+        _FORWARD.threads(B * H * S, dt, speed, y, B * H * S, T, H, S)
+        self.dt, self.speed = dt, speed.astype(dt.dtype, copy=False)
+        return y
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        xp, dt, speed = xp_of(dy), self.dt, self.speed
+        dturns = running_sum(dy, axis=1, reverse=True)  # (3) total = running sum of turns
+        # (2) turns = dt speed
+        ddt = xp.matmul(dturns, speed[..., None])[..., 0]
+        dspeed = xp.matmul(dt[:, :, None, :], dturns)[:, :, 0]
+        return ddt, dspeed * (math.pi - speed * speed / math.pi)  # (1) speed = π tanh(angle)
+
+
+_FORWARD = Kernel("""
+__global__ void running_angle(const T* dt, const double* speed, T* y, long long lanes, long long time,
+                              long long heads, long long pairs) {
+    if (THREAD >= lanes) return;
+    long long pair = THREAD % pairs, head = THREAD / pairs % heads, row = THREAD / pairs / heads * time;
+    double total = 0, turn = 6.283185307179586;
+    for (long long end = row + time; row < end; row++) {
+        total += dt[row * heads + head] * speed[row * pairs + pair];  // (2), (3)
+        y[(row * heads + head) * pairs + pair] = (T)(total - turn * floor(total / turn));
+    }
+}
+""")
 
 #: Rows that `_running_sum` adds one after another.
 _ROWS = 16
@@ -197,7 +235,7 @@ class Mamba3Scan(Function):
         x, xp = inputs[0], xp_of(inputs[0])
         (batch, T, R, H, P), (G, N) = x.shape, inputs[4].shape[3:]
         Q = min(max(1, chunk // R), max(1, T))  # tokens, so that a chunk has as many positions at any rank
-        self.inputs, self.tiles = inputs, _head_tiles(batch, T, G, H, Q, R)
+        self.inputs, self.tiles = inputs, _head_tiles(batch, T, G, H, Q, R, on_device(x))
         self.states = xp.empty((batch, number_of_chunks(T, Q), H, N, 1, P), dtype=x.dtype)
         y = xp.empty(x.shape, dtype=x.dtype)
         scan(self.tiles, lambda *of: self._operands(*of).lanes, lambda at: at.of_heads(_positions(y), R), self.states, R)
@@ -250,8 +288,8 @@ class Mamba3Scan(Function):
 
     def _operands(self, at: LaneTile, needed: str) -> _Operands:
         x, a, inflow, diagonal, B, C, B_bias, C_bias, phi, D = self.inputs
-        xp, R, H, G = xp_of(x), x.shape[2], x.shape[3], B.shape[3]
-        rotation = xp.repeat(_rotation(at.cut(phi)), R, axis=-2)  # [b,m,h,q,S]
+        R, H, G = x.shape[2], x.shape[3], B.shape[3]
+        rotation = repeated(_rotation(at.cut(phi)), R)  # [b,m,h,q,S]
         of_groups = _groups_of(at, G, H)
 
         def turned(v: Array, bias: Array) -> Array:
@@ -281,10 +319,10 @@ class _Operands(NamedTuple):
     rotation: Array
 
 
-def _head_tiles(B: int, T: int, G: int, H: int, Q: int, R: int) -> list[LaneTile]:
+def _head_tiles(B: int, T: int, G: int, H: int, Q: int, R: int, on_a_device: bool) -> list[LaneTile]:
     """Tiles of neighbouring heads: whole groups, or a part of one. To the scan every head is a group: its B̄ is its own."""
     tiles = []
-    for at in lane_tiles(B, T, G, H // G, Q, R):
+    for at in lane_tiles(B, T, G, H // G, Q, R, on_a_device):
         first, last = at.groups.start * (H // G) + at.heads.start, (at.groups.stop - 1) * (H // G) + at.heads.stop
         tiles.append(at._replace(groups=slice(first, last), heads=slice(0, 1)))
     return tiles

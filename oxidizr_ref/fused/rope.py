@@ -9,7 +9,6 @@ position t::
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -17,28 +16,28 @@ import numpy as np
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, to_device, xp_of
+from oxidizr_ref.backend import Array, constant, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.kernels import Kernel
 
 
-@functools.lru_cache(maxsize=64)
-def _host_tables(start: int, stop: int, width: int, theta: float, dtype: str) -> tuple[np.ndarray[Any, Any], ...]:
+def _tables(start: int, stop: int, width: int, theta: float, dtype: str) -> np.ndarray[Any, Any]:
+    """cos and sin of the angles at positions start … stop-1, computed in float64: ``[2, time, width/2]``."""
     inverse_frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     angles = np.outer(np.arange(start, stop, dtype=np.float64), inverse_frequency)
-    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _tables_of_heads(*key: Any) -> tuple[np.ndarray[Any, Any], ...]:
-    """``[cos, cos]`` and ``[-sin, sin]``, for whole heads, each ``[time, 1, width]``; arguments as of `_host_tables`."""
-    cos, sin = _host_tables(*key)
-    return np.concatenate([cos, cos], axis=-1)[:, None], np.concatenate([-sin, sin], axis=-1)[:, None]
+def _tables_of_heads(*key: Any) -> np.ndarray[Any, Any]:
+    """``[cos, cos]`` and ``[-sin, sin]``, for whole heads: ``[2, time, 1, width]``; arguments as of `_tables`."""
+    cos, sin = _tables(*key)
+    return np.stack([np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)])[:, :, None]
 
 
 def rope_tables(start: int, stop: int, like: Array, theta: float) -> tuple[Array, Array]:
-    """cos and sin of the angles at positions start … stop-1, computed in float64. Each ``[stop-start, 1, width/2]``."""
-    cos, sin = _host_tables(start, stop, like.shape[-1], theta, like.dtype.name)
-    return to_device(cos[:, None], like), to_device(sin[:, None], like)
+    """cos and sin of the angles at positions start … stop-1. Each ``[stop-start, 1, width/2]``."""
+    tables = constant(_tables, start, stop, like.shape[-1], theta, like.dtype.name, like=like)
+    return tables[0, :, None], tables[1, :, None]
 
 
 def rope_ref(x: Tensor, theta: float, start: int = 0) -> Tensor:
@@ -51,8 +50,7 @@ def rope_ref(x: Tensor, theta: float, start: int = 0) -> Tensor:
 
 class RoPE(Function):
     def forward(self, x: Array, *, theta: float, start: int) -> Array:
-        tables = _tables_of_heads(start, start + x.shape[1], x.shape[-1], theta, x.dtype.name)
-        self.cos, self.sin = (to_device(table, x) for table in tables)
+        self.cos, self.sin = constant(_tables_of_heads, start, start + x.shape[1], x.shape[-1], theta, x.dtype.name, like=x)
         return _rotate(x, self.cos, self.sin)
 
     def backward(self, dy: Array) -> tuple[Array, ...]:
@@ -78,6 +76,40 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
     parallel.for_each(len(places), rows)
     return y
+
+
+@RoPE.on_device
+class RoPEKernels(Function):
+    """The same as a kernel: one thread turns one pair."""
+
+    def forward(self, x: Array, *, theta: float, start: int) -> Array:
+        self.cos, self.sin = rope_tables(start, start + x.shape[1], x, theta)
+        return _turned(x, self.cos, self.sin, 1)
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        return (_turned(dy, self.cos, self.sin, -1),)
+
+
+def _turned(x: Array, cos: Array, sin: Array, direction: int) -> Array:
+    xp, heads, half = xp_of(x), math.prod(x.shape[2:-1]), x.shape[-1] // 2
+    x = xp.ascontiguousarray(x)
+    y, pairs = xp.empty_like(x), x.size // 2
+    _ROTATE.threads(pairs, x, cos, sin, y, pairs, x.shape[1], heads, half, direction)
+    return y
+
+
+_ROTATE = Kernel("""
+__global__ void rope(const T* x, const T* cosines, const T* sines, T* y,
+                     long long pairs, long long time, long long heads, long long half, long long direction) {
+    if (THREAD >= pairs) return;
+    long long head = THREAD / half, i = THREAD % half, angle = head / heads % time * half + i;
+    T c = cosines[angle], s = direction * sines[angle];
+    long long first = head * 2 * half + i, second = first + half;
+    T x1 = x[first], x2 = x[second];
+    y[first] = x1 * c - x2 * s;
+    y[second] = x2 * c + x1 * s;
+}
+""")
 
 
 @fused(rope_ref)

@@ -8,6 +8,7 @@ from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.kernels import Kernel
 
 
 def silu_gate_ref(y: Tensor, z: Tensor) -> Tensor:
@@ -58,6 +59,42 @@ class SiluGate(Function):
 
         parallel.for_each(len(self.places), rows)
         return dy, dz
+
+
+@SiluGate.on_device
+class SiluGateKernels(Function):
+    """The same as kernels, element by element. y and z may be parts of a projection: kernels need copies of those."""
+
+    def forward(self, y: Array, z: Array) -> Array:
+        xp = xp_of(y)
+        self.y, self.z = xp.ascontiguousarray(y), xp.ascontiguousarray(z)
+        out = xp.empty_like(self.y)
+        _FORWARD.threads(out.size, self.y, self.z, out, out.size)
+        return out
+
+    def backward(self, dout: Array) -> tuple[Array, ...]:
+        xp = xp_of(dout)
+        dy, dz = xp.empty_like(self.y), xp.empty_like(self.z)
+        _BACKWARD.threads(dout.size, xp.ascontiguousarray(dout), self.y, self.z, dy, dz, dout.size)
+        return dy, dz
+
+
+_FORWARD = Kernel("""
+__global__ void silu_gate(const T* y, const T* z, T* out, long long count) {
+    if (THREAD >= count) return;
+    T h = z[THREAD] * (T)0.5;
+    out[THREAD] = (1 + tanh(h)) * h * y[THREAD];
+}
+""")
+
+_BACKWARD = Kernel("""
+__global__ void silu_gate_backward(const T* dout, const T* y, const T* z, T* dy, T* dz, long long count) {
+    if (THREAD >= count) return;
+    T h = z[THREAD] * (T)0.5, d = dout[THREAD], t = tanh(h), silu = (1 + t) * h;
+    dy[THREAD] = silu * d;
+    dz[THREAD] = (1 + t + silu - t * silu) * (T)0.5 * y[THREAD] * d;  // dz = dout y silu'(z)
+}
+""")
 
 
 @fused(silu_gate_ref)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, xp_of
+from oxidizr_ref.backend import Array, on_device, xp_of
 from oxidizr_ref.fused.chunked_scan import Lanes, LaneTile, lane_tiles, number_of_chunks, scan, scan_backward
 from oxidizr_ref.fused.register import fused
 from oxidizr_ref.watch import Part, named
@@ -34,7 +34,7 @@ class SSD(Function):
     def forward(self, x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, *, chunk: int) -> Array:
         xp, (batch, T, H, P), (G, N) = xp_of(x), x.shape, B.shape[2:]
         self.inputs = (_of_groups(x, G), _of_groups(dt, G), A.reshape(G, -1), B, C, D.reshape(G, -1))
-        self.tiles = lane_tiles(batch, T, G, H // G, min(chunk, max(1, T)), 1)
+        self.tiles = lane_tiles(batch, T, G, H // G, min(chunk, max(1, T)), 1, on_device(x))
         self.states = xp.empty((batch, number_of_chunks(T, chunk), G, N, H // G, P), dtype=x.dtype)
         y = xp.empty(x.shape, dtype=x.dtype)
         scan(self.tiles, self._lanes, lambda at: at.of_heads(_of_groups(y, G)), self.states, 1)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import Array, to_compute, xp_of
+from oxidizr_ref.backend import Array, product_operands, to_compute, xp_of
 from oxidizr_ref.fused.register import fused
+from oxidizr_ref.kernels import Kernel
 from oxidizr_ref.watch import named
 
 
@@ -98,6 +99,60 @@ def _activation_backward(da: Array, gate: Array, up: Array) -> None:
         activation = xp.multiply(silu, u, out=t)
         xp.multiply(silu, d, out=u)  # dup, where up was
         d[...] = activation
+
+
+@SwiGLU.on_device
+class SwiGLUKernels(Function):
+    """The same with kernels between the products. Weights of 16 bits make products of 16 bits, forward and backward."""
+
+    casts_inputs = False
+
+    def forward(self, x: Array, gate_weight: Array, up_weight: Array, down_weight: Array) -> Array:
+        shape = x.shape
+        self.weights = gate_weight, up_weight, down_weight
+        self.x, _ = product_operands(x.reshape(-1, shape[-1]), gate_weight)
+        gate, up = _product(self.x, gate_weight.T), _product(self.x, up_weight.T)  # (1), (2)
+        activation = xp_of(x).empty_like(gate)
+        _FORWARD.threads(gate.size, gate, up, activation, gate.size)  # (3)
+        self.gate, self.up = gate, up
+        return _product(activation, down_weight.T).reshape(*shape[:-1], down_weight.shape[0])  # (4)
+
+    def backward(self, dy: Array) -> tuple[Array, ...]:
+        shape, x, gate, up = dy.shape, self.x, self.gate, self.up
+        wg, wu, wd = self.weights
+        dy, _ = product_operands(dy.reshape(-1, shape[-1]), wd)
+        activation = _product(dy, wd)  # (4) y = activation Wdᵀ
+        # (3) activation = silu(gate) * up: computed again, its gradients take the place of gate and up
+        _BACKWARD.threads(gate.size, activation, gate, up, gate.size)
+        activation, dgate, dup = (product_operands(v, w)[0] for v, w in ((activation, wd), (gate, wg), (up, wu)))
+        dx = _product(dgate, wg)  # (1) gate = x Wgᵀ
+        dx += _product(dup, wu)  # (2) up = x Wuᵀ
+        return dx.reshape(*shape[:-1], x.shape[1]), _product(dgate.T, x), _product(dup.T, x), _product(dy.T, activation)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a @ b``, in the 16 bits of ``b`` if it has so few; returned in the compute dtype."""
+    a, b = product_operands(a, b)
+    return to_compute(xp_of(a).matmul(a, b))
+
+
+_FORWARD = Kernel("""
+__global__ void swiglu(const T* gate, const T* up, T* activation, long long count) {
+    if (THREAD >= count) return;
+    T h = gate[THREAD] * (T)0.5;
+    activation[THREAD] = (1 + tanh(h)) * h * up[THREAD];
+}
+""")
+
+_BACKWARD = Kernel("""
+__global__ void swiglu_backward(T* da, T* gate, T* up, long long count) {
+    if (THREAD >= count) return;
+    T h = gate[THREAD] * (T)0.5, u = up[THREAD], d = da[THREAD], t = tanh(h), silu = (1 + t) * h;
+    gate[THREAD] = (1 + t + silu - t * silu) * (T)0.5 * u * d;  // dgate = da * up * silu'
+    up[THREAD] = silu * d;                                      // dup = da * silu
+    da[THREAD] = silu * u;                                      // the activation
+}
+""")
 
 
 @fused(swiglu_ref)
