@@ -1,4 +1,4 @@
-"""What all tests share: how Hypothesis searches, and that no test leaves another number of threads behind."""
+"""What all tests share: how Hypothesis searches, where a test computes, and that none leaves other threads behind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Derandomized: a suite that guards bit-exact training may not itself depend on chance. ``--hypothesis-profile=long``
 # searches a hundred times wider, with fresh examples in every run.
-settings.register_profile("short", deadline=None, derandomize=True, print_blob=True, max_examples=20)
-settings.register_profile("long", deadline=None, print_blob=True, max_examples=3000)
+# A fixture that says where a test computes says the same for all of its examples.
+_same = [HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "short", deadline=None, derandomize=True, print_blob=True, max_examples=20, suppress_health_check=_same
+)
+settings.register_profile("long", deadline=None, print_blob=True, max_examples=3000, suppress_health_check=_same)
 settings.load_profile("short")
 
 
@@ -28,6 +32,15 @@ def _same_threads_afterwards() -> Iterator[None]:
     before = parallel.get_threads()
     yield
     parallel.set_threads(before)
+
+
+@pytest.fixture(params=["numpy", "stand-in", pytest.param("cupy", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on NumPy, on the stand-in for CUDA, and on CuPy: ``"cpu"`` or ``"gpu"``. See `devices`."""
+    import devices
+
+    with devices.computing_on(request.param, monkeypatch) as where:
+        yield where
 
 
 @pytest.fixture

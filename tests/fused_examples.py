@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from devices import host, place
 from hypothesis import strategies as st
 
 from oxidizr_ref import fused
@@ -36,14 +37,16 @@ class Example(NamedTuple):
 
 
 def outputs_and_gradients(op: Callable[..., Any], example: Example) -> list[Array]:
-    """The result, and the gradient of every array for one fixed random gradient of the result.
+    """The result, and the gradient of every array for one fixed random gradient of the result, computed where the test is.
 
     What a plain composition never reads, as the decay of a sequence of one token, receives nothing there: that is zero.
     """
-    leaves = [Tensor(array, requires_grad=True) for array in example.arrays]
+    leaves = [Tensor(place(array), requires_grad=True) for array in example.arrays]
     result = op(*leaves, **example.options)
-    result.backward(np.random.default_rng(9).standard_normal(result.shape).astype(result.dtype))
-    return [result.data, *(np.zeros_like(leaf.data) if leaf.grad is None else leaf.grad for leaf in leaves)]
+    result.backward(place(np.random.default_rng(9).standard_normal(result.shape).astype(result.dtype)))
+    zeros = (np.zeros(leaf.shape, leaf.dtype) for leaf in leaves)
+    gradients = [none if leaf.grad is None else host(leaf.grad) for leaf, none in zip(leaves, zeros, strict=True)]
+    return [host(result.data), *gradients]
 
 
 def in_dtype(example: Example, dtype: Any) -> Example:

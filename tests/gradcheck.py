@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from devices import host, place
 
 from oxidizr_ref.autograd import Tensor, no_grad
 
@@ -27,10 +28,10 @@ def check_gradients(
     error is measured against the sum of the absolute contributions to the derivative, which, unlike the derivative itself,
     cannot cancel to nearly nothing.
     """
-    leaves = [Tensor(array, requires_grad=True) for array in arrays]
+    leaves = [Tensor(place(array), requires_grad=True) for array in arrays]
     result = function(*leaves)
     w = rng.standard_normal(result.shape)
-    result.backward(w)
+    result.backward(place(w))
 
     directions = [rng.standard_normal(np.shape(array)) for array in arrays]
     contributions = []
@@ -38,19 +39,20 @@ def check_gradients(
         assert leaf.grad is not None
         assert leaf.grad.shape == leaf.shape
         assert leaf.grad.dtype == np.float64
-        contributions.append(np.ravel(leaf.grad * direction))
+        contributions.append(np.ravel(host(leaf.grad) * direction))
     every = np.concatenate(contributions)
 
     def at(t: float) -> Any:
         with no_grad():
-            return function(*(Tensor(array + t * v) for array, v in zip(arrays, directions, strict=True))).data
+            moved = (Tensor(place(array + t * v)) for array, v in zip(arrays, directions, strict=True))
+            return host(function(*moved).data)
 
     # Subtracted before they are summed: what does not change cancels exactly.
     difference = 8 * (at(STEP) - at(-STEP)) - (at(2 * STEP) - at(-2 * STEP))
     numeric = float(np.sum(w * difference)) / (12 * STEP)
     exact = float(np.sum(every))
     # Where the gradient vanishes, rounding (1.7e-13 of the values) is all that is left: hence a floor of 1e-4 of the values.
-    scale = max(float(np.sum(np.abs(every))), 1e-4 * float(np.sum(np.abs(w * result.data))), 1e-30)
+    scale = max(float(np.sum(np.abs(every))), 1e-4 * float(np.sum(np.abs(w * host(result.data)))), 1e-30)
     assert abs(numeric - exact) <= tolerance * scale, (
         f"finite differences {numeric!r}, autograd {exact!r}: relative error {abs(numeric - exact) / scale:.1e}"
     )

@@ -51,7 +51,7 @@ def cut(product: int, **constants: int) -> Iterator[None]:
     """Other tile sizes everywhere; ``product`` rows a tile of every matrix product, however small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "SMALL_PRODUCT", 0)
-        patch.setattr(parallel, "product_tiles", lambda extent, _: parallel.tiles(extent, product))
+        patch.setattr(parallel, "product_tiles", lambda extent, *_: parallel.tiles(extent, product))
         patch.setattr(lce_module, "FEWEST_TOKENS", 1)
         for name, (module, constant) in CONSTANTS.items():
             patch.setattr(module, constant, constants[name])
@@ -76,9 +76,9 @@ def recorded_tile_counts() -> Iterator[list[int]]:
     counts: list[int] = []
     for_each = parallel.for_each
 
-    def spy(count: int, work: Callable[[int], None]) -> None:
+    def spy(count: int, work: Callable[[int], None], like: Any = None) -> None:
         counts.append(count)
-        for_each(count, work)
+        for_each(count, work, like)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "for_each", spy)
@@ -141,7 +141,7 @@ def test_fused_gives_the_same_bits_for_any_number_of_threads_over_three_or_more_
         patch.setattr(attention_module, "SCORES", 1 << 16)
         patch.setattr(parallel, "ELEMENTS", 1 << 16)
         patch.setattr(parallel, "CACHED", 1 << 14)
-        patch.setattr(parallel, "product_tiles", lambda extent, _: parallel.tiles(extent, 128))
+        patch.setattr(parallel, "product_tiles", lambda extent, *_: parallel.tiles(extent, 128))
         for threads in (1, 2, 3, 5, 8):
             parallel.set_threads(threads)
             with recorded_tile_counts() as counts:

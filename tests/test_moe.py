@@ -340,10 +340,14 @@ def routing_of(*assigned: int, balance: float = 1.0) -> Routing:
     return Routing(np.array(assigned), Tensor(np.array(balance)))
 
 
+def metrics_of(batches: list[list[Routing]]) -> dict[str, Any]:
+    return router_metrics(batches, [routing.balance.item() for batch in batches for routing in batch])
+
+
 def test_router_metrics_add_up_the_batches_of_a_step_layer_by_layer() -> None:
     first = [routing_of(3, 1, 0, 0, balance=1.5), routing_of(0, 4, 0, 0, balance=2.5)]
     second = [routing_of(0, 2, 1, 1, balance=1.0), routing_of(0, 4, 0, 0, balance=2.0)]
-    found = router_metrics([first, second])
+    found = metrics_of([first, second])
     assert found["expert_load"] == [[3 / 8, 3 / 8, 1 / 8, 1 / 8], [0, 1, 0, 0]]
     entropy = -2 * (3 / 8 * math.log(3 / 8) + 1 / 8 * math.log(1 / 8)) / math.log(4)
     assert found["expert_entropy"] == pytest.approx([entropy, 0], rel=1e-15)
@@ -352,11 +356,11 @@ def test_router_metrics_add_up_the_batches_of_a_step_layer_by_layer() -> None:
 
 @given(loads=st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(any))
 def test_expert_loads_sum_to_one_and_entropy_is_1_when_they_are_even_and_0_when_one_has_all(loads: list[int]) -> None:
-    found = router_metrics([[routing_of(*loads)]])
+    found = metrics_of([[routing_of(*loads)]])
     assert math.fsum(found["expert_load"][0]) == pytest.approx(1, rel=1e-15)
     assert -1e-15 <= found["expert_entropy"][0] <= 1 + 1e-15
     E = len(loads)
-    even, alone = router_metrics([[routing_of(*[3] * E)]]), router_metrics([[routing_of(7, *[0] * (E - 1))]])
+    even, alone = metrics_of([[routing_of(*[3] * E)]]), metrics_of([[routing_of(7, *[0] * (E - 1))]])
     assert even["expert_entropy"][0] == pytest.approx(1 if E > 1 else 0, rel=1e-14)
     assert alone["expert_entropy"] == [0]
 
@@ -365,7 +369,7 @@ def test_a_model_without_routers_has_no_router_metrics() -> None:
     routings: list[Routing] = []
     model = LanguageModel(config(num_experts=0))
     assert model.loss(*batch(), load_balance_alpha=0.5, routings=routings).item() == model.loss(*batch()).item()
-    assert router_metrics([routings, routings]) == router_metrics([]) == {}
+    assert router_metrics([routings, routings], []) == router_metrics([], []) == {}
 
 
 def test_metrics_of_a_run_tell_of_the_router_and_only_the_training_loss_includes_the_balance_loss(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Function, Tensor
-from oxidizr_ref.backend import segment_sum
+from oxidizr_ref.sums import segment_sum
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Draw = Callable[[Any], Any]
