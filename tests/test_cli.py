@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stand_in
 import tiny
 import typer
 import yaml
@@ -301,6 +302,36 @@ def test_a_gpu_demanded_without_cupy_is_refused(run: tiny.Run, refused: Refusal,
     for flags in (("--target-device", "gpu"), ("--gpus", "0,1")):
         message = refused(*run.argv(*flags))
         assert "CuPy is not installed" in message and f"error: {' '.join(flags)}: " in message
+
+
+def test_a_gpu_demanded_where_the_driver_or_the_device_is_missing_is_refused_in_one_line_that_says_which(
+    run: tiny.Run, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.install(monkeypatch)
+
+    def too_old() -> int:
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient\nfor CUDA runtime version")
+
+    monkeypatch.setattr(stand_in.cuda.runtime, "getDeviceCount", too_old)
+    message = refused(*run.argv("--target-device", "gpu"))
+    assert "--target-device gpu: CUDA does not start (cudaErrorInsufficientDriver: CUDA driver version is insuff" in message
+    monkeypatch.setattr(stand_in.cuda.runtime, "getDeviceCount", lambda: 0)
+    assert "CUDA finds no device" in refused(*run.argv("--target-device", "gpu"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ("0,1", "--gpus 0,1: this version trains on one device; name one of them"),
+        ("one", "--gpus one: expected the number of a CUDA device, such as 0"),
+        ("7", "--gpus 7: CUDA has 1 device, numbered from 0"),
+    ],
+)
+def test_gpus_names_one_device_that_is_there(
+    run: tiny.Run, refused: Refusal, monkeypatch: pytest.MonkeyPatch, gpus: str, message: str
+) -> None:
+    stand_in.install(monkeypatch)
+    assert message in refused(*run.argv("--gpus", gpus))
 
 
 def test_a_gpu_preferred_by_the_config_falls_back_in_one_line(

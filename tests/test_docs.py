@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,29 @@ PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY
 def test_the_page_of_config_keys_is_what_its_script_writes():
     script = REPOSITORY / "docs" / "scripts" / "configuration.py"
     subprocess.run([sys.executable, str(script), "--check"], check=True)
+
+
+def test_the_page_of_precisions_is_what_its_script_makes_of_its_numbers_and_these_hold_what_is_promised():
+    sys.path.insert(0, str(REPOSITORY / "docs" / "scripts"))
+    try:
+        import precision
+    finally:
+        sys.path.pop(0)
+    numbers = json.loads(precision.NUMBERS.read_text(encoding="utf-8"))
+    assert precision.PAGE.read_text(encoding="utf-8") == precision.page(numbers)
+    runs = {tuple(run[key] for key in ("dtype", "moments", "rounding", "learning_rate")): run for run in numbers["runs"]}
+    assert list(runs) == precision.WAYS
+    for (dtype, moments, rounding, rate), run in runs.items():
+        base = runs["f32", "f32", "none", rate]
+        if rounding == "stochastic":
+            assert abs(run["loss"] / base["loss"] - 1) <= 0.01
+        elif rounding == "nearest" and rate == precision.SMALL:
+            assert run["loss"] / base["loss"] - 1 > 0.1
+        if dtype == "bf16":
+            assert run["bytes"] <= {"f32": 0.85, "bf16": 0.55}[moments] * base["bytes"]
+    assert all(step["ratio"] <= 1.3 for step in numbers["steps"] if step["dtype"] != "f64")
+    peaks = {(step["dtype"], step["moments"]): step["peak"] for step in numbers["steps"]}
+    assert peaks["bf16", "bf16"] < peaks["bf16", "f32"] < peaks["f32", "f32"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
