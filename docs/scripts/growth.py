@@ -79,8 +79,8 @@ def cross_entropy_point(tokens: int, vocabulary: int) -> Point:
     import numpy as np
 
     from oxidizr_ref.autograd import Tensor
-    from oxidizr_ref.memory_now import peak_bytes, resident_bytes
     from oxidizr_ref.fused.linear_cross_entropy import linear_cross_entropy
+    from oxidizr_ref.memory_now import peak_bytes, resident_bytes
 
     random = np.random.default_rng(0)
 
