@@ -79,13 +79,13 @@ class Kernel:
         arrays = [x for x in arguments if hasattr(x, "dtype") and on_device(x)]
         assert all(x.flags.c_contiguous for x in arrays), f"{self.name}: an argument is not C-contiguous"
         number = next((x.dtype for x in arrays if x.dtype in _TYPES), np.dtype(np.float32))
-        compiled = _compiled(xp_of(arrays[0]), self.code(_TYPES[number]), self.name)
+        compiled = _compiled(self, xp_of(arrays[0]), _TYPES[number])
         compiled((count,), (self.block,), tuple(_passed(x, number) for x in arguments))
 
 
 @functools.cache
-def _compiled(xp: Any, code: str, name: str) -> Any:
-    return xp.RawKernel(code, name)
+def _compiled(kernel: Kernel, xp: Any, type_: str) -> Any:
+    return xp.RawKernel(kernel.code(type_), kernel.name)
 
 
 def _passed(x: Any, number: np.dtype[Any]) -> Array:

@@ -334,9 +334,10 @@ def _estimate_on_device(config: Config, parts: Sequence[Part], weights: int, mom
     compute_bytes = compute_dtype(STORAGE_DTYPES[m.dtype]).itemsize
     tokens = t.batch_size * m.max_seq_len
     logits = min(tokens, tokens_of_a_chunk(m.vocab_size, on_a_device=True)) * m.vocab_size * compute_bytes
-    # (gradients, activations, logits) at each of these times
+    # (gradients, activations, logits) at each of these times; the output's gradient is added to by a product of its size.
     kept, done = sum(part.kept for part in parts), parts[-1].gradients
-    times = [(done, kept + parts[-1].passing // 2, logits)]
+    product = m.vocab_size * m.hidden_size * compute_bytes
+    times = [(done, kept + parts[-1].passing // 2, logits + product)]
     for part in reversed(parts[:-1]):
         done += part.gradients
         times.append((done, kept + part.passing + part.tile, 0))

@@ -1,19 +1,27 @@
 """Every kind of model that can be built, small: one table of configs, by the name of the architecture.
 
 The sizes are chosen to tell dimensions apart (no two of them are equal by accident where a mistake could exchange them) and
-chunks to end in the middle of a sequence. `LENGTH` tokens need more than three chunks.
+chunks to end in the middle of a sequence. `LENGTH` tokens need more than three chunks. Models are made where the test that
+makes them computes (`devices`).
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import devices
 import numpy as np
+import pytest
+from devices import host
 from numpy.typing import NDArray
 
 from oxidizr_ref import LanguageModel
+from oxidizr_ref.backend import assign
 from oxidizr_ref.config import ModelConfig
+
+Test = TypeVar("Test", bound=Callable[..., None])
 
 VOCAB, BATCH, LENGTH = 61, 3, 17
 
@@ -62,6 +70,21 @@ PURE_MAMBAS = tuple(
 ROUTED = tuple(name for name in NAMES if "num_experts" in ARCHITECTURES[name])
 #: Those whose scan runs in chunks.
 CHUNKED = tuple(name for name in NAMES if "mamba2_num_heads" in ARCHITECTURES[name])
+#: Three that between them have both attentions, both feed-forwards and all Mambas.
+FEW = ("hybrid", "hybrid_mamba1", "mamba3_mimo")
+
+
+def everywhere(arguments: str, values: Sequence[Any], on_stand_in: Sequence[Any]) -> Callable[[Test], Test]:
+    """A test with each of the ``values`` on NumPy and on CuPy; on the stand-in, which is slow, with those ``on_stand_in``.
+
+    Values of several comma-separated arguments are tuples.
+    """
+    cases = []
+    for where, some in (("numpy", values), ("stand-in", on_stand_in), ("cupy", values)):
+        marks = pytest.mark.gpu if where == "cupy" else ()
+        cases += [pytest.param(where, *(value if isinstance(value, tuple) else (value,)), marks=marks) for value in some]
+    parametrized = pytest.mark.parametrize(f"device,{arguments}", cases, indirect=["device"])
+    return lambda test: pytest.mark.usefixtures("device")(parametrized(test))
 
 
 def model_config(architecture: str, **changes: Any) -> ModelConfig:
@@ -71,7 +94,7 @@ def model_config(architecture: str, **changes: Any) -> ModelConfig:
 
 def small_model(architecture: str, seed: int = 0, **changes: Any) -> LanguageModel:
     """The model as training begins with it."""
-    return LanguageModel(model_config(architecture, **changes), seed)
+    return LanguageModel(model_config(architecture, **changes), seed, devices.current())
 
 
 def lively_model(architecture: str, seed: int = 0, **changes: Any) -> LanguageModel:
@@ -92,9 +115,9 @@ def enliven(module: Any, seed: int = 0) -> None:
     for name, parameter in module.named_parameters():
         drawn = source.standard_normal(parameter.data.shape)
         if name.endswith(("dt_bias", "dt_proj.bias")):
-            parameter.data[...] = 0.5 * drawn
+            assign(parameter.data, 0.5 * drawn)
         else:
-            parameter.data[...] = parameter.data + 0.25 * drawn
+            assign(parameter.data, host(parameter.data) + 0.25 * drawn)
 
 
 def batch(seed: int = 0, shape: tuple[int, int] = (BATCH, LENGTH)) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -104,6 +127,7 @@ def batch(seed: int = 0, shape: tuple[int, int] = (BATCH, LENGTH)) -> tuple[NDAr
 
 
 def relative_error(a: Any, b: Any) -> float:
-    """max|a-b| / max|b|, of two arrays of a shape; 0 where they are equal."""
+    """max|a-b| / max|b|, of two arrays of a shape, wherever they live; 0 where they are equal."""
+    a, b = host(a), host(b)
     assert a.shape == b.shape
     return 0.0 if np.array_equal(a, b) else float(np.abs(a - b).max() / np.abs(b).max())

@@ -1,6 +1,6 @@
 """CUDA kernels on the host: the C++ source of a kernel, compiled by g++ and run one block after another.
 
-Blocks run from the last to the first, the threads of every other block backward: a result that depends on either order shows.
+Blocks run from the last to the first, the threads of every other block backward: a result that depends on an order shows.
 Where a kernel waits for the other threads of its block, every thread is a fiber with a stack of its own, switched at each
 ``__syncthreads()`` (by ``_setjmp``, which costs about 20 ns); else the threads are a loop. What a kernel may use is what
 `_HEADER` defines, and less than g++ knows: no standard library, since NVRTC has none.
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,9 @@ void resume(unsigned int thread) {
 }
 
 struct Parameter { int pointer, size, kind; };
-template <typename V> constexpr int kind() { return std::is_integral<V>::value ? 0 : std::is_floating_point<V>::value ? 1 : 2; }
+template <typename V> constexpr int kind() {
+    return std::is_integral<V>::value ? 0 : std::is_floating_point<V>::value ? 1 : 2;
+}
 template <typename V> constexpr Parameter describe() {
     using Value = typename std::remove_pointer<V>::type;
     return {std::is_pointer<V>::value, (int)sizeof(Value), kind<Value>()};
@@ -145,7 +148,7 @@ _KINDS = {0: "iub", 1: "f"}
 
 
 class Parameter(NamedTuple):
-    """What a kernel declares: a pointer or a number; bytes and kind (0 integer, 1 floating point, 2 a struct) of the number."""
+    """What a kernel declares: a pointer or a number, its bytes and its kind (0: integer, 1: floating point, 2: a struct)."""
 
     pointer: bool
     size: int
@@ -182,7 +185,7 @@ class Compiled:
 
 def available() -> bool:
     """Whether kernels can run here."""
-    return os.name == "posix" and shutil.which("g++") is not None
+    return sys.platform == "linux" and shutil.which("g++") is not None
 
 
 @functools.cache

@@ -42,6 +42,8 @@ waits = 0
 
 #: Copies on their way to the host: where to, and the numbers.
 _arriving: list[tuple[np.ndarray, np.ndarray]] = []
+#: Held to change what all threads share. What is collected meanwhile gives its memory back under it, too.
+_lock = threading.RLock()
 
 
 class Counts(NamedTuple):
@@ -65,9 +67,12 @@ def _synchronize() -> None:
 
 
 def _arrive(copies: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    for copy in copies:
-        copy[0][...] = copy[1]
-    _arriving[:] = [copy for copy in _arriving if all(copy is not other for other in copies)]
+    """Complete those ``copies`` that are still on their way."""
+    with _lock:
+        wanted = {id(copy) for copy in copies}
+        for out, numbers in [copy for copy in _arriving if id(copy) in wanted]:
+            out[...] = numbers
+        _arriving[:] = [copy for copy in _arriving if id(copy) not in wanted]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -83,15 +88,13 @@ class OutOfMemoryError(MemoryError):
 
 class _Pool:
     def __init__(self) -> None:
-        self.used = self.total = 0
-        self.limit = 0
-        self.lock = threading.RLock()  # what is collected inside of it returns its memory
+        self.used = self.total = self.limit = 0
 
     def take(self, nbytes: int) -> int:
         """Count a new array; CuPy gives memory in multiples of 512 bytes."""
         global peak_bytes
         size = -(-nbytes // 512) * 512
-        with self.lock:
+        with _lock:
             if self.limit and self.used + size > self.limit:
                 raise OutOfMemoryError(
                     f"Out of memory allocating {size:,} bytes "
@@ -103,7 +106,7 @@ class _Pool:
         return size
 
     def give_back(self, size: int) -> None:
-        with self.lock:
+        with _lock:
             self.used -= size
 
     def used_bytes(self) -> int:
@@ -200,8 +203,12 @@ def _apply(function: Any, args: Any, kwargs: Any, *, moves: bool = False) -> Any
     raw_args, raw_kwargs = _raw(args, found), {key: _raw(value, found) for key, value in kwargs.items()}
     if not moves:
         _refuse_16_bits(function.__name__, found)
-    result = function(*raw_args, **raw_kwargs)
-    return kwargs["out"] if kwargs.get("out") is not None else _wrapped(result, found)
+    with np.errstate(all="ignore"):  # a device warns of nothing
+        result = function(*raw_args, **raw_kwargs)
+    result = kwargs["out"] if kwargs.get("out") is not None else _wrapped(result, found)
+    if not moves:
+        _refuse_16_bits(function.__name__, [result] if isinstance(result, ndarray) else [])
+    return result
 
 
 def _elementwise(name: str) -> Callable[..., Any]:
@@ -230,134 +237,32 @@ def _from_array(function: Any, *, moves: bool = False, syncing: bool = False) ->
     return call
 
 
-_ELEMENTWISE = [
-    "abs",
-    "absolute",
-    "add",
-    "arctan",
-    "ceil",
-    "conj",
-    "conjugate",
-    "copysign",
-    "cos",
-    "cosh",
-    "divide",
-    "equal",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "floor_divide",
-    "fmod",
-    "greater",
-    "greater_equal",
-    "hypot",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "less",
-    "less_equal",
-    "log",
-    "log1p",
-    "log2",
-    "logical_and",
-    "logical_not",
-    "logical_or",
-    "maximum",
-    "minimum",
-    "multiply",
-    "negative",
-    "not_equal",
-    "power",
-    "reciprocal",
-    "remainder",
-    "rint",
-    "sign",
-    "signbit",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "subtract",
-    "tanh",
-    "true_divide",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "invert",
-    "left_shift",
-    "right_shift",
-]
-_MOVING = [
-    "atleast_1d",
-    "broadcast_arrays",
-    "broadcast_to",
-    "concatenate",
-    "copy",
-    "expand_dims",
-    "flip",
-    "hstack",
-    "moveaxis",
-    "pad",
-    "ravel",
-    "repeat",
-    "reshape",
-    "roll",
-    "split",
-    "squeeze",
-    "stack",
-    "swapaxes",
-    "tile",
-    "transpose",
-    "vstack",
-]
-_COMPUTING = [
-    "all",
-    "amax",
-    "amin",
-    "any",
-    "argmax",
-    "argmin",
-    "array_equal",
-    "clip",
-    "count_nonzero",
-    "dot",
-    "imag",
-    "isclose",
-    "max",
-    "mean",
-    "min",
-    "outer",
-    "prod",
-    "real",
-    "std",
-    "sum",
-    "tensordot",
-    "tril",
-    "triu",
-    "var",
-    "where",
-]
-_WAITING = ["argsort", "argwhere", "flatnonzero", "nonzero", "sort", "unique"]
-#: The functions of CuPy that are here as they are in NumPy; those that need more care follow.
-ALLOWED = [*_ELEMENTWISE, *_MOVING, *_COMPUTING, *_WAITING]
-#: What CuPy has and nobody may use, because it varies from run to run or cancels.
-REFUSED = ["cumsum", "cumprod", "random", "put", "put_along_axis", "bincount", "ogrid"]
+#: What CuPy has as NumPy has it, by what it does. What needs more care has a function of its own further down.
+_NAMES = {
+    "elementwise": """abs absolute add arctan bitwise_and bitwise_or bitwise_xor ceil conj conjugate copysign cos cosh divide
+        equal exp exp2 expm1 floor floor_divide fmod greater greater_equal hypot invert isfinite isinf isnan left_shift less
+        less_equal log log1p log2 logical_and logical_not logical_or maximum minimum multiply negative not_equal power
+        reciprocal remainder right_shift rint sign signbit sin sinh sqrt square subtract tanh true_divide""",
+    "moving": """atleast_1d broadcast_arrays broadcast_to concatenate copy expand_dims flip hstack moveaxis pad ravel repeat
+        reshape roll split squeeze stack swapaxes tile transpose vstack""",
+    "computing": """all amax amin any argmax argmin array_equal clip count_nonzero dot imag isclose max mean min outer prod
+        real std sum tensordot tril triu var where""",
+    "waiting": "argsort argwhere flatnonzero nonzero sort",
+}
 
-_functions = {name: _elementwise(name) for name in _ELEMENTWISE}
-_functions |= {name: _from_array(getattr(np, name), moves=True) for name in _MOVING}
-_functions |= {name: _from_array(getattr(np, name)) for name in _COMPUTING}
-_functions |= {name: _from_array(getattr(np, name), syncing=True) for name in _WAITING}
+_FUNCTIONS = (
+    {name: _elementwise(name) for name in _NAMES["elementwise"].split()}
+    | {name: _from_array(getattr(np, name), moves=True) for name in _NAMES["moving"].split()}
+    | {name: _from_array(getattr(np, name)) for name in _NAMES["computing"].split()}
+    | {name: _from_array(getattr(np, name), syncing=True) for name in _NAMES["waiting"].split()}
+)
 
 
 def __getattr__(name: str) -> Any:
-    """The functions by name, out of the way of Python's own (any, max, sum)."""
-    if name in _functions:
-        return _functions[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-pi, inf, nan, float32, float64 = np.pi, np.inf, np.nan, np.float32, np.float64
+    """The functions of `_NAMES`; not as variables of this module, which needs Python's own ``any`` and ``max``."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    raise AttributeError(f"{name!r}: CuPy has none, or none that may be used (cumsum, random), or none was needed so far")
 
 
 def take_along_axis(a: ndarray, indices: ndarray, axis: int) -> ndarray:
@@ -395,7 +300,8 @@ def matmul(a: ndarray, b: ndarray, out: ndarray | None = None) -> ndarray:
         if min(a.ndim, b.ndim) < 2 or (a.dtype == _BF16 and max(a.ndim, b.ndim) > 2):
             raise TypeError(f"matmul of {a.dtype} with {a.ndim} and {b.ndim} dimensions")
         x, y = x.astype(np.float32), y.astype(np.float32)
-    product = np.asarray(np.matmul(x, y)).astype(a.dtype, copy=False)
+    with np.errstate(all="ignore"):
+        product = np.asarray(np.matmul(x, y)).astype(a.dtype, copy=False)
     if out is None:
         return _wrapped(product, [])
     if not isinstance(out, ndarray) or (out.dtype, out.shape) != (product.dtype, product.shape):
@@ -414,7 +320,7 @@ def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> ndarray:
     if isinstance(fill_value, np.ndarray | list | tuple):
         raise TypeError(f"full of {type(fill_value)}")
-    out = _new(shape, dtype or np.asarray(_raw(fill_value, [])).dtype, order)
+    out = _new(shape, np.asarray(_raw(fill_value, [])).dtype if dtype is None else dtype, order)
     out[...] = fill_value
     return out
 
@@ -428,12 +334,15 @@ def ones(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 
 
 def empty_like(prototype: ndarray, dtype: Any = None, order: str = "K", shape: Any = None) -> ndarray:
-    template = np.empty_like(_device(prototype)._array, dtype=dtype, order=order, shape=shape)
+    return _laid_out_as(np.empty_like(_device(prototype)._array, dtype=dtype, order=order, shape=shape))
+
+
+def _laid_out_as(template: np.ndarray) -> ndarray:
+    """A new array of the same shape and dtype, its axes in the same order in memory."""
     out = _new(template.shape, template.dtype)
-    # The same order of axes in memory: an array of the sorted axes, transposed back.
-    axes = sorted(range(template.ndim), key=lambda axis: -template.strides[axis])
-    laid = out._array.reshape([template.shape[axis] for axis in axes]).transpose(np.argsort(axes).astype(int))
-    return ndarray(laid, out._memory)
+    axes = sorted(range(template.ndim), key=lambda axis: -abs(template.strides[axis]))
+    laid_out = out._array.reshape([template.shape[axis] for axis in axes])
+    return ndarray(laid_out.transpose([axes.index(axis) for axis in range(template.ndim)]), out._memory)
 
 
 def full_like(a: ndarray, fill_value: Any, dtype: Any = None, order: str = "K", shape: Any = None) -> ndarray:
@@ -461,15 +370,17 @@ def eye(N: int, M: int | None = None, k: int = 0, dtype: Any = float) -> ndarray
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K") -> ndarray:
     """From the host or the device; lists of numbers too."""
-    there = isinstance(obj, ndarray)
-    source = obj._array if there else np.asarray(obj)  # refuses a list with device arrays in it
-    wanted = np.array(source, dtype=dtype, order=order, copy=None)
-    if there and not copy and np.shares_memory(wanted, source):
+    source = obj._array if isinstance(obj, ndarray) else np.asarray(obj)  # refuses a list with device arrays in it
+    with np.errstate(all="ignore"):
+        wanted = np.array(source, dtype=dtype, order=order, copy=None)
+    if isinstance(obj, ndarray) and not copy and wanted is source:
         return obj
     if wanted.dtype.hasobject:
         raise TypeError("CuPy has no arrays of objects")
-    layout = "F" if wanted.flags.f_contiguous and not wanted.flags.c_contiguous else "C"
-    out = _new(wanted.shape, wanted.dtype, layout)
+    if isinstance(obj, ndarray):
+        out = _laid_out_as(np.empty_like(wanted, order=order))
+    else:
+        out = _new(wanted.shape, wanted.dtype, "C" if wanted.flags.c_contiguous or not wanted.flags.f_contiguous else "F")
     out._array[...] = wanted
     return out
 
@@ -492,7 +403,8 @@ def asnumpy(a: ndarray, stream: None = None, order: str = "C", out: Any = None, 
         _synchronize()
     if out is None:
         return snapshot
-    _arriving.append((out, snapshot))
+    with _lock:
+        _arriving.append((out, snapshot))
     if blocking:
         _arrive(_arriving[:])
     return out
@@ -514,13 +426,13 @@ def _numbers(*values: Any) -> tuple[Any, ...]:
 
 
 def _refuses(what: str) -> Callable[..., Any]:
-    def method(self: ndarray, *_args: Any, **_kwargs: Any) -> Any:
+    def method(*_args: Any, **_kwargs: Any) -> Any:
         raise TypeError(f"Implicit conversion to a NumPy array is not allowed ({what}): use .get() or asnumpy")
 
     return method
 
 
-class ndarray:
+class ndarray:  # noqa: N801
     """A view of device memory. Its numbers are told by ``get``, ``item`` and the like, each of which waits."""
 
     __slots__ = ("__weakref__", "_array", "_memory")
@@ -595,6 +507,9 @@ class ndarray:
     def __repr__(self) -> str:
         return repr(self.get())
 
+    def __format__(self, spec: str) -> str:
+        return format(self.get() if self.ndim else self.item(), spec)
+
     def __len__(self) -> int:
         return len(self._array)
 
@@ -617,7 +532,8 @@ class ndarray:
         if any(part.dtype == bool for part in advanced) and np.ndim(value):
             _synchronize()
         if not advanced:
-            self._array[key] = value
+            with np.errstate(all="ignore"):
+                self._array[key] = value
             return
         # Threads write in any order: where places are written twice, not the last in the list wins, but one that a fixed
         # shuffle makes last.
@@ -679,7 +595,7 @@ for _name, _names in {
     "diagonal": "offset axis1 axis2", "repeat": "axis",
 }.items():  # fmt: skip
     setattr(ndarray, _name, _method(_name, _names, moves=True))
-for _name in ["argsort", "sort", "nonzero"]:
+for _name in ["argsort", "nonzero"]:
     setattr(ndarray, _name, _method(_name, "axis", syncing=True))
 ndarray.take = lambda self, indices, axis=None: take(self, indices, axis)
 
@@ -704,17 +620,17 @@ _BINARY = {
     "rshift": "right_shift",
 }  # fmt: skip
 for _name, _function in _BINARY.items():
-    setattr(ndarray, f"__{_name}__", _operator(_functions[_function]))
-    setattr(ndarray, f"__r{_name}__", _operator(_functions[_function], reflected=True))
-    setattr(ndarray, f"__i{_name}__", _operator(_functions[_function], in_place=True))
+    setattr(ndarray, f"__{_name}__", _operator(_FUNCTIONS[_function]))
+    setattr(ndarray, f"__r{_name}__", _operator(_FUNCTIONS[_function], reflected=True))
+    setattr(ndarray, f"__i{_name}__", _operator(_FUNCTIONS[_function], in_place=True))
 ndarray.__matmul__ = _operator(matmul)
 ndarray.__rmatmul__ = _operator(matmul, reflected=True)
 for _name, _function in {
     "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal",
 }.items():  # fmt: skip
-    setattr(ndarray, f"__{_name}__", _operator(_functions[_function]))
+    setattr(ndarray, f"__{_name}__", _operator(_FUNCTIONS[_function]))
 for _name, _function in {"neg": "negative", "abs": "absolute", "invert": "invert"}.items():
-    setattr(ndarray, f"__{_name}__", lambda self, function=_functions[_function]: function(self))
+    setattr(ndarray, f"__{_name}__", _unary(_FUNCTIONS[_function]))
 
 
 # --- kernels, events and the device ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every layer on its own: gradients against finite differences, the fused form against the plain one, causality, chunks.
 
-A layer is examined at lively weights (`architectures.enliven`), where every parameter matters, in float64.
+A layer is examined at lively weights (`architectures.enliven`), where every parameter matters, in float64; on the host and
+on a device.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import devices
 import numpy as np
 import pytest
-from architectures import enliven, relative_error
+from architectures import enliven, everywhere, relative_error
+from devices import host, place
 from gradcheck import check_gradients
 from numpy.typing import NDArray
 
 from oxidizr_ref import no_grad, reference
 from oxidizr_ref.autograd import Tensor
+from oxidizr_ref.backend import assign
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused import selective_scan
 from oxidizr_ref.layers import mamba3
@@ -27,6 +31,8 @@ from oxidizr_ref.layers.mamba1 import Mamba1
 from oxidizr_ref.layers.mamba2 import Mamba2
 from oxidizr_ref.layers.mamba3 import Mamba3
 from oxidizr_ref.nn import Module, Parameter
+
+pytestmark = pytest.mark.usefixtures("device")
 
 WIDTH, BATCH, LENGTH = 16, 2, 7
 
@@ -77,16 +83,18 @@ KINDS: dict[str, Kind] = {
     "Mamba3, MIMO": Kind(Mamba3, {**_MAMBA3, "mamba3_mimo_rank": 3, "mamba2_n_groups": 2}),
     "Mamba3, MIMO and convolution": Kind(Mamba3, {**_MAMBA3, "mamba3_mimo_rank": 2, "mamba3_use_conv": True}),
 }
+#: Those of which each has something that the others have not; for what takes long.
+FEW = ("GQA", "MLA with norms", "MoE, shared", "Mamba1", "Mamba2, two groups", "Mamba3, MIMO and convolution")
 CHUNKED = tuple(name for name in KINDS if "mamba2_chunk_size" in KINDS[name].keys)
 IN_TIME = tuple(name for name in KINDS if KINDS[name].mixes_time)
 
 
 def make_layer(kind: str, seed: int = 0, **changes: Any) -> Any:
-    """A layer at lively weights."""
+    """A layer at lively weights, where the test computes."""
     keys: dict[str, Any] = {**_SIZES, **KINDS[kind].keys, **changes}
     mamba = {"mamba_layers": [0]} if "amba" in kind else {}
     layer = KINDS[kind].make(ModelConfig(num_layers=1, **keys, **mamba), 0.1, 0.1)
-    layer.initialize(seed, np.dtype(np.float64))
+    layer.initialize(seed, np.dtype(np.float64), devices.current())
     enliven(layer, seed)
     if isinstance(layer, Mamba3):
         _keep_decays_apart(layer)
@@ -99,10 +107,11 @@ def _keep_decays_apart(layer: Mamba3) -> None:
     The decay's curvature jumps at dd_A = 0 (its slope does not): a difference across that point would err by its step, not
     by the fourth power of its step.
     """
-    begin = sum(layer.sizes[:5])
-    rows = layer.in_proj.weight.data[begin : begin + layer.heads]
+    begin, weight = sum(layer.sizes[:5]), host(layer.in_proj.weight.data).copy()
+    rows = weight[begin : begin + layer.heads]
     rows *= 0.1
     rows[:, 0] = np.where(np.arange(layer.heads) % 2, 1.0, -1.0)
+    assign(layer.in_proj.weight.data, weight)
 
 
 def make_input(seed: int = 0, length: int = LENGTH) -> NDArray[np.float64]:
@@ -117,13 +126,19 @@ def run(layer: Any, x: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
+def output(layer: Any, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The layer's output from an array to an array of the host."""
+    return host(run(layer, Tensor(place(x))).data)
+
+
 def everything(layer: Any, x: NDArray[np.float64], w: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """The output and, of ``sum(w * output)``, the gradient of the input and of every parameter."""
     layer.zero_grad()
-    leaf = Tensor(x, requires_grad=True)
+    leaf = Tensor(place(x), requires_grad=True)
     y = run(layer, leaf)
-    y.backward(w)
-    return {"output": y.data, "input": leaf.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    y.backward(place(w))
+    found = {"output": y.data, "input": leaf.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    return {name: host(array) for name, array in found.items()}
 
 
 def weights_like(y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -154,16 +169,16 @@ def routable(kind: str) -> tuple[Any, NDArray[np.float64]]:
 
 def _margin(router: Router, x: NDArray[np.float64]) -> float:
     """How much smaller, at least, the largest logit of an expert not chosen is than the smallest of one that is."""
-    logits = np.sort(router.gate(Tensor(x.reshape(-1, WIDTH))).data, axis=-1)[:, ::-1]
+    logits = np.sort(host(router.gate(Tensor(place(x.reshape(-1, WIDTH)))).data), axis=-1)[:, ::-1]
     return float((logits[:, router.k - 1] - logits[:, router.k]).min())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@everywhere("kind", list(KINDS), FEW)
 def test_gradients_of_the_input_and_of_each_parameter_agree_with_finite_differences(kind: str) -> None:
     layer, x = routable(kind)
     found = list(places(layer))
     names = ["input", *(name for name, _ in layer.named_parameters())]
-    arrays = [x, *(getattr(owner, attribute).data for owner, attribute in found)]
+    arrays = [x, *(host(getattr(owner, attribute).data) for owner, attribute in found)]
     assert len(names) == len(arrays)
     choices: set[bytes] = set()
     route = Router.__call__
@@ -177,8 +192,9 @@ def test_gradients_of_the_input_and_of_each_parameter_agree_with_finite_differen
     decay = mamba3._decay_rate
 
     def noting_signs(v: Tensor) -> Tensor:
-        assert np.abs(v.data).min() > 0.5
-        signs.add((v.data > 0).tobytes())
+        values = host(v.data)
+        assert np.abs(values).min() > 0.5
+        signs.add((values > 0).tobytes())
         return decay(v)
 
     # Each on its own, so that no tensor's error hides behind another's larger contributions. Parameters are given in units
@@ -190,7 +206,7 @@ def test_gradients_of_the_input_and_of_each_parameter_agree_with_finite_differen
                 return run(layer, leaf)
             owner, attribute = found[index - 1]
             with mock.patch.object(owner, attribute, leaf * 0.25):
-                return run(layer, Tensor(x))
+                return run(layer, Tensor(place(x)))
 
         with (
             mock.patch.object(Router, "__call__", noting),
@@ -208,11 +224,11 @@ def test_gradients_of_the_input_and_of_each_parameter_agree_with_finite_differen
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_weights_examined_here_every_parameter_matters(kind: str) -> None:
     layer, x = routable(kind)
-    y = run(layer, Tensor(x)).data
+    y = output(layer, x)
     gradients = everything(layer, x, weights_like(y))
     # A change of a parameter by its own size changes the output by at least a thousandth of the output's.
     for name, p in layer.named_parameters():
-        effect = np.linalg.norm(gradients[name]) * np.linalg.norm(p.data) / np.linalg.norm(y)
+        effect = np.linalg.norm(gradients[name]) * np.linalg.norm(host(p.data)) / np.linalg.norm(y)
         assert effect > 1e-3, (name, effect)
 
 
@@ -234,7 +250,7 @@ def test_the_plain_form_gives_the_same_output_and_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize("length", [2, 8])
-@pytest.mark.parametrize("kind", CHUNKED)
+@everywhere("kind", CHUNKED, [name for name in FEW if name in CHUNKED])
 def test_the_chunk_size_changes_neither_output_nor_gradients(kind: str, length: int) -> None:
     x = make_input(length=length)
     w = weights_like(x)
@@ -248,9 +264,9 @@ def test_the_chunk_size_changes_neither_output_nor_gradients(kind: str, length: 
 def test_a_shorter_sequence_gives_the_beginning_of_the_output(kind: str) -> None:
     layer, x = routable(kind)
     with no_grad():
-        whole = run(layer, Tensor(x)).data
+        whole = output(layer, x)
         for length in range(1, LENGTH):
-            part = run(layer, Tensor(x[:, :length])).data
+            part = output(layer, x[:, :length])
             assert np.abs(part - whole[:, :length]).max() <= ROUNDING * np.abs(whole).max(), length
 
 
@@ -258,12 +274,12 @@ def test_a_shorter_sequence_gives_the_beginning_of_the_output(kind: str) -> None
 def test_a_sequence_on_its_own_gives_what_it_gives_in_a_batch(kind: str) -> None:
     layer, x = routable(kind)
     with no_grad():
-        whole = run(layer, Tensor(x)).data
+        whole = output(layer, x)
         for b in range(BATCH):
-            assert relative_error(run(layer, Tensor(x[b : b + 1])).data[0], whole[b]) <= ROUNDING
+            assert relative_error(output(layer, x[b : b + 1])[0], whole[b]) <= ROUNDING
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@everywhere("kind", list(KINDS), FEW)
 def test_no_output_has_a_gradient_from_a_later_input_and_each_has_one_from_every_input_before(kind: str) -> None:
     layer, x = routable(kind)
     for t in range(LENGTH):
@@ -278,9 +294,9 @@ def test_no_output_has_a_gradient_from_a_later_input_and_each_has_one_from_every
 def test_stepping_through_a_sequence_gives_its_output(kind: str) -> None:
     layer, x = make_layer(kind), make_input()
     with no_grad():
-        whole = run(layer, Tensor(x)).data
+        whole = output(layer, x)
         cache = layer.new_cache(BATCH)
-        steps = [layer.step(Tensor(x[:, t : t + 1]), cache).data for t in range(LENGTH)]
+        steps = [host(layer.step(Tensor(place(x[:, t : t + 1])), cache).data) for t in range(LENGTH)]
     assert relative_error(np.concatenate(steps, axis=1), whole) <= ROUNDING
 
 
@@ -299,6 +315,6 @@ def test_experts_that_nobody_chose_get_a_gradient_of_zeros_and_no_token_reaches_
 def test_a_layer_changes_neither_its_input_nor_the_gradient_it_is_given(kind: str) -> None:
     layer, x = make_layer(kind), make_input()
     w = weights_like(x)
-    before = x.copy(), w.copy()
-    everything(layer, x, w)
-    assert np.array_equal(x, before[0]) and np.array_equal(w, before[1])
+    leaf, gradient = Tensor(place(x.copy()), requires_grad=True), place(w.copy())
+    run(layer, leaf).backward(gradient)
+    assert np.array_equal(host(leaf.data), x) and np.array_equal(host(gradient), w)

@@ -120,31 +120,43 @@ class CausalConvKernels(Function):
         return dx, dweight, dbias
 
 
-_FORWARD = Kernel("""
+#: pre / 2 of one number of y.
+_HALF_PRE = """
+__device__ inline T half_pre(const T* x, const T* half_weight, const T* half_bias, long long at,
+                             long long time, long long channels, long long kernel) {
+    long long c = at % channels, t = at / channels % time;
+    T h = half_bias[c];
+    for (long long k = 0, s = t - kernel + 1; k < kernel; k++, s++)
+        if (s >= 0) h += half_weight[k * channels + c] * x[at + (s - t) * channels];
+    return h;
+}
+"""
+
+_FORWARD = Kernel(
+    """
 __global__ void causal_conv(const T* x, const T* half_weight, const T* half_bias, T* y,
                             long long count, long long time, long long channels, long long kernel) {
     if (THREAD >= count) return;
-    long long c = THREAD % channels, t = THREAD / channels % time;
-    T h = half_bias[c];
-    for (long long k = 0, s = t - kernel + 1; k < kernel; k++, s++)
-        if (s >= 0) h += half_weight[k * channels + c] * x[THREAD + (s - t) * channels];
+    T h = half_pre(x, half_weight, half_bias, THREAD, time, channels, kernel);
     y[THREAD] = (1 + tanh(h)) * h;
 }
-""")
+""",
+    before=_HALF_PRE,
+)
 
-_BEFORE = Kernel("""
+_BEFORE = Kernel(
+    """
 __global__ void causal_conv_dh(const T* dy, const T* x, const T* half_weight, const T* half_bias, T* dh,
                                long long count, long long time, long long channels, long long kernel) {
     if (THREAD >= count) return;
-    long long c = THREAD % channels, t = THREAD / channels % time;
-    T h = half_bias[c];
-    for (long long k = 0, s = t - kernel + 1; k < kernel; k++, s++)
-        if (s >= 0) h += half_weight[k * channels + c] * x[THREAD + (s - t) * channels];
+    T h = half_pre(x, half_weight, half_bias, THREAD, time, channels, kernel);
     // y = (1 + tanh(h)) h
     T tan_h = tanh(h), silu = (1 + tan_h) * h;
     dh[THREAD] = (1 + tan_h + silu - tan_h * silu) * dy[THREAD];
 }
-""")
+""",
+    before=_HALF_PRE,
+)
 
 _INPUT = Kernel("""
 __global__ void causal_conv_dx(const T* dh, const T* half_weight, T* dx,

@@ -11,6 +11,8 @@ to 0.06 nats, far more than a step changes the loss.
 
 from __future__ import annotations
 
+import numpy as np
+
 from oxidizr_ref import ops, parallel
 from oxidizr_ref.autograd import Function, Tensor
 from oxidizr_ref.backend import Array, on_device, to_compute, to_device, xp_of
@@ -51,7 +53,7 @@ class LinearCrossEntropy(Function):
     def forward(self, hidden: Array, weight: Array, *, targets: Array, divisor: float) -> Array:
         xp, self.shape = xp_of(hidden), hidden.shape
         h, w = to_compute(hidden).reshape(-1, hidden.shape[-1]), to_compute(weight)
-        targets = to_device(targets.reshape(-1), h)
+        targets = to_device(targets.reshape(-1).astype(np.int64, copy=False), h)
         losses = xp.empty(h.shape[0], dtype=h.dtype)
         dh = xp.empty_like(h) if self.needs[0] else None
         dw = xp.zeros(w.shape, dtype=w.dtype) if self.needs[1] else None
@@ -126,7 +128,7 @@ def _scale(x: Array, factor: Array) -> None:
     def rows(i: int, j: int) -> None:
         x[i:j] *= factor
 
-    parallel.for_tiles(parallel.row_tiles(*x.shape, like=x), rows)
+    parallel.for_tiles(parallel.row_tiles(len(x), x.shape[1], like=x), rows)
 
 
 @fused(linear_cross_entropy_ref)
