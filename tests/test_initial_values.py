@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import NAMES, VOCAB, model_config, small_model
+from architectures import FEW, NAMES, VOCAB, everywhere, model_config, small_model
+from devices import host, place
 from numpy.typing import NDArray
 
 from oxidizr_ref import LanguageModel
 from oxidizr_ref.config import ModelConfig, bundled_config_names, load_config
 from oxidizr_ref.nn import Parameter
 from oxidizr_ref.optim import AdamW, decays
-
-every_architecture = pytest.mark.parametrize("architecture", NAMES)
 
 Numbers = NDArray[np.float64]
 Shape = tuple[int, ...]
@@ -55,7 +54,7 @@ def many(parameter: Parameter, name: str, count: int = 20_000) -> Numbers:
     shape = parameter.full_shape
     rows = max(shape[0], -(-count // math.prod(shape[1:])))
     values = np.asarray(parameter.recipe(0, name, (rows, *shape[1:])), dtype=np.float64)
-    assert np.array_equal(values[: shape[0]].astype(np.float32), parameter.data)
+    assert np.array_equal(values[: shape[0]].astype(np.float32), host(parameter.data))
     return values
 
 
@@ -70,14 +69,14 @@ def check_first_value(config: ModelConfig, name: str, p: Parameter) -> None:
     """One parameter of a fresh float32 model of seed 0."""
     stem, _, last = name.rpartition(".")
     ones = np.ones(p.full_shape, np.float32)
-    rank = max(1, config.mamba3_mimo_rank)
+    rank, data = max(1, config.mamba3_mimo_rank), host(p.data)
     if stem.endswith("norm") or last in ("D", "B_bias", "C_bias", "mimo_z"):
-        assert np.array_equal(p.data, ones)
+        assert np.array_equal(data, ones)
     elif last in ("mimo_x", "mimo_o"):
-        assert np.array_equal(p.data, ones / np.float32(rank))
+        assert np.array_equal(data, ones / np.float32(rank))
     elif last == "A_log" and "mamba." in name:
         assert np.array_equal(
-            p.data, np.tile(np.log(np.arange(1.0, config.mamba_d_state + 1)).astype(np.float32), (len(p.data), 1))
+            data, np.tile(np.log(np.arange(1.0, config.mamba_d_state + 1)).astype(np.float32), (len(data), 1))
         )
     elif last == "A_log":
         # A = -exp(A_log) with -A uniform in [1, 16); log and exp round once in float32 each.
@@ -106,7 +105,7 @@ def check_first_value(config: ModelConfig, name: str, p: Parameter) -> None:
         assert values.std() == pytest.approx(std, rel=5 / math.sqrt(2 * values.size))
 
 
-@every_architecture
+@everywhere("architecture", NAMES, FEW)
 def test_every_parameter_begins_as_documented(architecture: str) -> None:
     config, model = model_config(architecture), small_model(architecture)
     for name, p in model.named_parameters():
@@ -114,7 +113,7 @@ def test_every_parameter_begins_as_documented(architecture: str) -> None:
             check_first_value(config, name, p)
 
 
-@every_architecture
+@everywhere("architecture", NAMES, FEW)
 def test_a_parameters_first_value_depends_on_seed_and_name_only(architecture: str) -> None:
     config = model_config(architecture)
     n = config.num_layers
@@ -122,21 +121,23 @@ def test_a_parameters_first_value_depends_on_seed_and_name_only(architecture: st
     deeper = dict(small_model(architecture, seed=3, num_layers=n + 2, vocab_size=VOCAB).named_parameters())
     other = dict(small_model(architecture, seed=4).named_parameters())
     for (name, p), (_, again) in zip(small.named_parameters(), same.named_parameters(), strict=True):
-        assert np.array_equal(p.data, again.data), name
+        first = host(p.data)
+        assert np.array_equal(first, host(again.data)), name
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):  # scaled by depth, then rounded
-            assert np.allclose(p.data, deeper[name].data * math.sqrt((n + 2) / n), rtol=2**-22, atol=0), name
+            assert np.allclose(first, host(deeper[name].data) * math.sqrt((n + 2) / n), rtol=2**-22, atol=0), name
         else:
-            assert np.array_equal(p.data, deeper[name].data), name
-        constant = p.data.min() == p.data.max() or name.endswith(".mamba.A_log")
-        assert np.array_equal(p.data, other[name].data) == constant, name
+            assert np.array_equal(first, host(deeper[name].data)), name
+        constant = first.min() == first.max() or name.endswith(".mamba.A_log")
+        assert np.array_equal(first, host(other[name].data)) == constant, name
 
 
-@every_architecture
+@everywhere("architecture", NAMES, FEW)
 def test_no_two_parameters_begin_with_the_same_numbers(architecture: str) -> None:
     seen: dict[bytes, str] = {}
     for name, p in small_model(architecture).named_parameters():
-        if p.data.min() != p.data.max() and not name.endswith(".mamba.A_log"):
-            first = np.ravel(p.data)[:3].tobytes()
+        data = host(p.data)
+        if data.min() != data.max() and not name.endswith(".mamba.A_log"):
+            first = np.ravel(data)[:3].tobytes()
             assert first not in seen, (name, seen[first])
             seen[first] = name
 
@@ -312,7 +313,7 @@ STAYING = {"norm", "input_layernorm", "post_attention_layernorm", "kv_norm", "q_
 STAYING |= {"bias", "dt_bias", "B_bias", "C_bias", "A_log", "D"}
 
 
-@every_architecture
+@everywhere("architecture", NAMES, FEW)
 def test_weight_decay_acts_on_matrices_and_on_nothing_else(architecture: str) -> None:
     model = small_model(architecture)
     names = list(model.state_dict())
@@ -321,7 +322,7 @@ def test_weight_decay_acts_on_matrices_and_on_nothing_else(architecture: str) ->
         assert (last in DECAYING) != (last in STAYING), name
         assert decays(name) == (last in DECAYING), name
     # And so the optimizer does: with gradients of zero, decay is all that moves anything.
-    before = {name: array.copy() for name, array in model.state_dict().items()}
-    AdamW(model.state_dict(), lr=0.5, weight_decay=0.5).step({name: np.zeros_like(before[name]) for name in names})
+    before = {name: host(array).copy() for name, array in model.state_dict().items()}
+    AdamW(model.state_dict(), lr=0.5, weight_decay=0.5).step({name: place(np.zeros_like(before[name])) for name in names})
     for name, array in model.state_dict().items():
-        assert np.array_equal(array, before[name] * np.float32(0.75 if decays(name) else 1)), name
+        assert np.array_equal(host(array), before[name] * np.float32(0.75 if decays(name) else 1)), name

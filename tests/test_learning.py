@@ -11,22 +11,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from architectures import everywhere
 
 from oxidizr_ref import LanguageModel, Trainer, load_config
 
 REPOSITORY = Path(__file__).parents[1]
 
+#: A text, a model and a training: for everywhere but the stand-in, and for it.
+TEXTS = {
+    "sentence": (
+        "the quick brown fox jumps over the lazy dog. ",
+        "{hidden_size: 32, num_layers: 2, num_heads: 2, intermediate_size: 64, vocab_size: 260, max_seq_len: 32}",
+        "{learning_rate: 1e-2, batch_size: 8, max_steps: 80, warmup_steps: 10, eval_fraction: 0.1}",
+    ),
+    "words": (
+        "the quick fox. ",
+        "{hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32, vocab_size: 260, max_seq_len: 16}",
+        "{learning_rate: 3e-2, batch_size: 4, max_steps: 24, warmup_steps: 3, eval_fraction: 0.1}",
+    ),
+}
 
-def test_a_tiny_model_learns_a_repeated_text_by_heart(tmp_path):
-    text = "the quick brown fox jumps over the lazy dog. " * 60
-    (tmp_path / "fox.txt").write_text(text)
-    (tmp_path / "fox.yaml").write_text(
-        "model: {hidden_size: 32, num_layers: 2, num_heads: 2, intermediate_size: 64, vocab_size: 260, max_seq_len: 32}\n"
-        "trainer: {learning_rate: 1e-2, batch_size: 8, max_steps: 80, warmup_steps: 10, eval_fraction: 0.1}\n"
-        "data: {path: fox.txt}\n"
-    )
+
+@everywhere("name", ["sentence"], ["words"])
+def test_a_tiny_model_learns_a_repeated_text_by_heart(tmp_path, device, name):
+    text, model, trainer = TEXTS[name]
+    (tmp_path / "fox.txt").write_text(text * 60)
+    (tmp_path / "fox.yaml").write_text(f"model: {model}\ntrainer: {trainer}\ndata: {{path: fox.txt}}\n")
     config = load_config(tmp_path / "fox.yaml", [f"trainer.checkpoint_dir={tmp_path / 'run'}"])
-    outcome = Trainer(config, LanguageModel(config.model)).fit()
+    outcome = Trainer(config, LanguageModel(config.model, device=device)).fit()
     # A window begins anywhere in the sentence, so its first tokens are uncertain; 0.5 nats leave room for that alone.
     assert outcome.eval_loss is not None and outcome.eval_loss < 0.5
 

@@ -12,21 +12,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+import devices
 import mamba3_steps
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from devices import host, place
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Tensor, no_grad
+from oxidizr_ref.backend import assign, on_device
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.mamba3 import mamba3_scan, running_angle
 from oxidizr_ref.fused.register import reference
 from oxidizr_ref.layers import mamba3 as module
 from oxidizr_ref.layers.mamba3 import Mamba3
+
+on_both = pytest.mark.usefixtures("device")
 
 Array = np.ndarray[Any, Any]
 
@@ -36,7 +41,8 @@ SIDES = {"fused": contextlib.nullcontext, "reference": reference}
 TOLERANCE = 1e-10
 
 
-def relative_error(found: Array, wanted: Array) -> float:
+def relative_error(found: Any, wanted: Any) -> float:
+    found, wanted = host(found), host(wanted)
     assert found.shape == wanted.shape and found.dtype == wanted.dtype == np.float64
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
@@ -50,16 +56,17 @@ def trapezoid(dt: Array, lam: Array) -> tuple[Array, Array]:
 
 def scan(
     x: Array, dt: Array, A: Array, lam: Array, B: Array, C: Array, biases: Any, phi: Array, D: Array, chunk: int
-) -> Array:
+) -> Tensor:
     """The package's scan on the quantities of the equations."""
     arrays = (x, dt * A, *trapezoid(dt, lam), B, C, *biases, phi, D)
     with no_grad():
-        return mamba3_scan(*(Tensor(array) for array in arrays), chunk)
+        return mamba3_scan(*(Tensor(place(array)) for array in arrays), chunk)
 
 
 # --- against the recurrence -------------------------------------------------------------------------------------------
 
 
+@on_both
 @given(st.data())
 def test_the_scan_of_any_shape_equals_the_recurrence_token_by_token(data: st.DataObject) -> None:
     batch, T, R, G, heads_a_group, P, pairs_of_state = (data.draw(st.integers(1, most)) for most in (2, 9, 3, 2, 2, 3, 3))
@@ -92,42 +99,53 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def make_layer(seed: int = 0, dtype: Any = np.float64, **changes: Any) -> Mamba3:
-    """A layer of 4 heads, 2 groups and state size 8 with random weights none of whose effects is negligible."""
+    """A layer of 4 heads, 2 groups and state size 8 with random weights none of whose effects is negligible.
+
+    It lives where the test computes.
+    """
     keys: dict[str, Any] = {"hidden_size": 12, "num_layers": 1, "vocab_size": 7, "max_seq_len": 16, "mamba_layers": [0]}
     keys |= {"mamba2_num_heads": 4, "mamba2_head_dim": 6, "mamba2_state_size": 8, "mamba2_chunk_size": 5}
     config = ModelConfig(**{**keys, "mamba2_n_groups": 2, "mamba3_enabled": True, **changes})
     layer, rng = Mamba3(config, 0.02, 0.02), np.random.default_rng(seed)
-    layer.initialize(seed, np.dtype(dtype))
+    layer.initialize(seed, np.dtype(dtype), devices.current())
     for name, p in layer.named_parameters():
         centre = 1.0 if name.endswith(("norm.weight", "_bias", "D")) or name.startswith("mimo") else 0.0
-        p.data[...] = centre + 0.4 * rng.standard_normal(p.shape)
+        assign(p.data, centre + 0.4 * rng.standard_normal(p.shape))
     return layer
+
+
+def weights_of(layer: Mamba3) -> dict[str, Array]:
+    """Copies of the layer's weights, on the host."""
+    return {name: host(array).copy() for name, array in layer.state_dict().items()}
 
 
 def sizes(layer: Mamba3) -> tuple[int, int, int, int, int, int]:
     return layer.heads, layer.head_dim, layer.rank, layer.groups, layer.d_state, layer.pairs
 
 
+@on_both
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer_equals_the_recurrence_token_by_token(name: str, side: str) -> None:
     layer = make_layer(**LAYERS[name])
     u = np.random.default_rng(1).standard_normal((2, 13, 12))
     with no_grad(), SIDES[side]():
-        found = layer(Tensor(u)).data
-    assert relative_error(found, mamba3_steps.layer(layer.state_dict(), u, sizes(layer))) < TOLERANCE
+        found = layer(Tensor(place(u))).data
+    assert relative_error(found, mamba3_steps.layer(weights_of(layer), u, sizes(layer))) < TOLERANCE
 
 
+@on_both
 @pytest.mark.parametrize("name", LAYERS)
 def test_decoding_token_by_token_equals_the_recurrence(name: str) -> None:
     layer = make_layer(**LAYERS[name])
     u = np.random.default_rng(2).standard_normal((2, 13, 12))
     cache = layer.new_cache(batch=2)
     with no_grad():
-        steps = [layer.step(Tensor(u[:, t : t + 1]), cache).data for t in range(u.shape[1])]
-    assert relative_error(np.concatenate(steps, axis=1), mamba3_steps.layer(layer.state_dict(), u, sizes(layer))) < TOLERANCE
+        steps = [host(layer.step(Tensor(place(u[:, t : t + 1])), cache).data) for t in range(u.shape[1])]
+    assert relative_error(np.concatenate(steps, axis=1), mamba3_steps.layer(weights_of(layer), u, sizes(layer))) < TOLERANCE
 
 
+@on_both
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_decoding_keeps_has_the_size_that_theory_says_and_never_grows(name: str) -> None:
     layer, batch = make_layer(**LAYERS[name]), 3
@@ -138,12 +156,16 @@ def test_what_decoding_keeps_has_the_size_that_theory_says_and_never_grows(name:
         kept += (layer.conv1d.weight.shape[2] - 1) * (H * P + 2 * R * G * N)
     cache, u = layer.new_cache(batch), np.random.default_rng(3).standard_normal((batch, 1, 12))
     arrays = [v for v in vars(cache).values() if v is not None]
-    addresses = [v.ctypes.data for v in arrays]
+    addresses = [_address(v) for v in arrays]
     for _ in range(5):
         with no_grad():
-            layer.step(Tensor(u), cache)
+            layer.step(Tensor(place(u)), cache)
         assert sum(v.size for v in vars(cache).values() if v is not None) == batch * kept
-        assert [v.ctypes.data for v in vars(cache).values() if v is not None] == addresses  # changed in place
+        assert [_address(v) for v in vars(cache).values() if v is not None] == addresses  # changed in place
+
+
+def _address(array: Any) -> int:
+    return int(array.data.ptr if on_device(array) else array.ctypes.data)
 
 
 # --- against the official numbers -------------------------------------------------------------------------------------
@@ -168,8 +190,8 @@ def official_layer(numbers: dict[str, Array]) -> Mamba3:
         mamba3_mimo_rank=rank,
     )
     for name in ("mimo_x", "mimo_z", "mimo_o") if rank else ():
-        getattr(layer, name).data[...] = numbers[name]
-    layer.out_proj.weight.data[...] = np.eye(H * P)
+        assign(getattr(layer, name).data, numbers[name])
+    assign(layer.out_proj.weight.data, np.eye(H * P))
     return layer
 
 
@@ -178,6 +200,7 @@ def test_the_official_numbers_say_where_they_come_from() -> None:
         assert file.metadata()["source"].startswith("state-spaces/mamba e9594ce")
 
 
+@on_both
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 @pytest.mark.parametrize("case", ["siso0", "siso1", "siso2", "mimo0", "mimo1"])
@@ -190,12 +213,13 @@ def test_the_scan_with_its_gate_equals_the_official_numbers(case: str, chunk: in
     lam = 1 / (1 + np.exp(-numbers["trap"]))
     phi = mamba3_steps.running_phase(dt, numbers["angle"])  # in the file every head has angles of its own
     with no_grad(), SIDES[side]():
-        x = module._by_rank(Tensor(numbers["x"]), layer.mimo_x).data
+        x = host(module._by_rank(Tensor(place(numbers["x"])), layer.mimo_x).data)
         y = scan(x, dt, numbers["A"], lam, B, C, (B_bias, C_bias), phi, numbers["D"], chunk)
-        found = layer._out(y, Tensor(numbers["z"])).data
+        found = layer._out(y, Tensor(place(numbers["z"]))).data
     assert relative_error(found, numbers["y"].reshape(found.shape)) < TOLERANCE
 
 
+@on_both
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", ["siso0", "siso1", "siso2", "mimo0", "mimo1"])
 def test_running_angles_turn_as_far_as_the_official_ones(case: str, side: str) -> None:
@@ -204,7 +228,8 @@ def test_running_angles_turn_as_far_as_the_official_ones(case: str, side: str) -
     wanted = mamba3_steps.running_phase(dt, angle)
     with no_grad(), SIDES[side]():
         heads = [
-            running_angle(Tensor(dt[:, :, h : h + 1].copy()), Tensor(angle[:, :, h].copy())).data for h in range(dt.shape[2])
+            host(running_angle(Tensor(place(dt[:, :, h : h + 1].copy())), Tensor(place(angle[:, :, h].copy()))).data)
+            for h in range(dt.shape[2])
         ]
     found = np.concatenate(heads, axis=2)
     assert np.any(np.floor(wanted / (2 * math.pi)) != 0)  # otherwise no whole turn was taken off
@@ -233,13 +258,14 @@ def test_the_recurrence_that_judges_equals_the_official_numbers() -> None:
 # --- first values and decay rates -------------------------------------------------------------------------------------
 
 
+@on_both
 @pytest.mark.parametrize("rank", [0, 1, 4])
 def test_first_values_are_the_documented_ones(rank: int) -> None:
     keys: dict[str, Any] = {"hidden_size": 512, "num_layers": 1, "vocab_size": 7, "max_seq_len": 16, "mamba_layers": [0]}
     keys |= {"mamba2_num_heads": 512, "mamba2_head_dim": 2, "mamba2_state_size": 4, "mamba3_mimo_rank": rank}
     layer = Mamba3(ModelConfig(**keys, mamba3_enabled=True), 0.02, 0.01)
-    layer.initialize(0, np.dtype(np.float64))
-    arrays = layer.state_dict()
+    layer.initialize(0, np.dtype(np.float64), devices.current())
+    arrays = weights_of(layer)
     ones = {"B_bias", "C_bias", "D", "B_norm.weight", "C_norm.weight"} | ({"mimo_z"} if rank else set())
     for name in ones:
         assert np.all(arrays[name] == 1), name
@@ -257,29 +283,34 @@ def test_first_values_are_the_documented_ones(rank: int) -> None:
     assert arrays["out_proj.weight"].std() == pytest.approx(0.01, rel=0.005)
 
 
+@on_both
 def test_decay_rates_are_smooth_never_above_their_bound_and_without_gradient_where_bounded() -> None:
     # The bound holds below v = -9999; at v = 0 the two branches meet; at v = 1 the one that is not meant has its pole.
     v = np.array([-1e300, -1e6, -10001.0, -9998.0, -3.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 1e6])
-    leaf = Tensor(v, requires_grad=True)
+    leaf = Tensor(place(v), requires_grad=True)
     A = module._decay_rate(leaf)
-    A.backward(np.ones(v.shape))
+    A.backward(place(np.ones(v.shape)))
+    rates, gradient = host(A.data), host(leaf.grad)
     wanted = [-1e-4, -1e-4, -1e-4, -1 / 9999, -1 / 4, -1 / (1 + 1e-9), -1.0, -1 - 1e-9, -1.5, -2.0, -1e6 - 1]
     slopes = [0, 0, 0, -1 / 9999**2, -1 / 16, -1 / (1 + 1e-9) ** 2, -1, -1, -1, -1, -1]
     # A dozen roundings of half a unit in the last place.
-    np.testing.assert_allclose(A.data, wanted, rtol=2e-15)
-    np.testing.assert_allclose(leaf.grad, slopes, rtol=4e-15)
-    assert np.all(A.data <= module.A_MAX) and module.A_MAX == -1e-4
-    assert np.array_equal(leaf.grad == 0, A.data == module.A_MAX)
+    np.testing.assert_allclose(rates, wanted, rtol=2e-15)
+    np.testing.assert_allclose(gradient, slopes, rtol=4e-15)
+    assert np.all(rates <= module.A_MAX) and module.A_MAX == -1e-4
+    assert np.array_equal(gradient == 0, rates == module.A_MAX)
 
 
+@on_both
 def test_a_head_held_at_the_slowest_decay_keeps_its_state_and_gives_the_projection_no_gradient() -> None:
     layer = make_layer()
     rows = np.cumsum(layer.sizes)[4:6]  # the rows of in_proj that become dd_A
     u = np.abs(np.random.default_rng(4).standard_normal((2, 9, 12))) + 0.1
     layer.in_proj.weight.data[rows[0] : rows[1]] = -1e5  # u is positive: v = -1e5 Σ u is far below the bound
-    p = layer._project(Tensor(u), None)
-    np.testing.assert_allclose(p.a.data, -1e-4 * p.dt.data, rtol=1e-15)
-    (layer(Tensor(u)) * ops.as_tensor(np.random.default_rng(5).standard_normal(u.shape), like=p.a)).sum().backward()
-    grad = layer.in_proj.weight.grad
-    assert grad is not None and np.all(grad[rows[0] : rows[1]] == 0)
+    p = layer._project(Tensor(place(u)), None)
+    np.testing.assert_allclose(host(p.a.data), -1e-4 * host(p.dt.data), rtol=1e-15)
+    w = place(np.random.default_rng(5).standard_normal(u.shape))
+    (layer(Tensor(place(u))) * ops.as_tensor(w, like=p.a)).sum().backward()
+    assert layer.in_proj.weight.grad is not None
+    grad = host(layer.in_proj.weight.grad)
+    assert np.all(grad[rows[0] : rows[1]] == 0)
     assert np.all(np.abs(np.delete(grad, np.arange(*rows), axis=0)).max(axis=1) > 0)  # every other row receives one

@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import devices
 import mamba3_steps
 import numpy as np
 import pytest
-from test_mamba3 import make_layer, relative_error, scan, trapezoid
+from architectures import everywhere
+from devices import host, place
+from test_mamba3 import make_layer, relative_error, scan, trapezoid, weights_of
 
 from oxidizr_ref import LanguageModel
 from oxidizr_ref.autograd import Tensor, no_grad
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.mamba3 import mamba3_scan, next_angle, running_angle
 from oxidizr_ref.fused.ssd import ssd
+
+pytestmark = pytest.mark.usefixtures("device")
 
 Array = np.ndarray[Any, Any]
 ROUNDING = 1e-12
@@ -36,7 +41,7 @@ def quantities(R: int = 1, T: int = 17, seed: int = 0) -> dict[str, Array]:
 
 def run(q: dict[str, Array], chunk: int = 5) -> Array:
     biases = q["B_bias"], q["C_bias"]
-    return scan(q["x"], q["dt"], q["A"], q["lam"], q["B"], q["C"], biases, q["phi"], q["D"], chunk).data
+    return host(scan(q["x"], q["dt"], q["A"], q["lam"], q["B"], q["C"], biases, q["phi"], q["D"], chunk).data)
 
 
 # --- special cases ----------------------------------------------------------------------------------------------------
@@ -49,13 +54,13 @@ def test_a_mimo_layer_of_rank_1_with_ones_is_the_siso_layer_to_the_bit_forward_b
     u = np.random.default_rng(0).standard_normal((2, 13, 12))
     results = []
     for layer in (siso, mimo):
-        leaf, cache = Tensor(u, requires_grad=True), layer.new_cache(2)
+        leaf, cache = Tensor(place(u), requires_grad=True), layer.new_cache(2)
         y = layer(leaf)
-        y.backward(np.cos(u))
+        y.backward(place(np.cos(u)))
         with no_grad():
-            steps = [layer.step(Tensor(u[:, t : t + 1]), cache).data for t in range(13)]
-        gradients = {name: p.grad for name, p in layer.named_parameters() if not name.startswith("mimo")}
-        results.append({"y": y.data, "du": leaf.grad, "steps": np.concatenate(steps, axis=1), **gradients})
+            steps = [host(layer.step(Tensor(place(u[:, t : t + 1])), cache).data) for t in range(13)]
+        gradients = {name: host(p.grad) for name, p in layer.named_parameters() if not name.startswith("mimo")}
+        results.append({"y": host(y.data), "du": host(leaf.grad), "steps": np.concatenate(steps, axis=1), **gradients})
     assert results[0].keys() == results[1].keys() and len(results[0]) == 3 + 8
     for name, array in results[0].items():
         assert np.array_equal(array, results[1][name]), name
@@ -86,7 +91,7 @@ def test_without_trapezoid_rotation_and_biases_it_is_mamba2s_scan(R: int) -> Non
             arrays = q["x"][:, :, write], q["dt"], q["A"][0, 0], q["B"][:, :, write], q["C"][:, :, read]
             D = q["D"] if read == write else 0 * q["D"]
             with no_grad():
-                wanted[:, :, read] += ssd(*(Tensor(v) for v in (*arrays, D)), 5).data
+                wanted[:, :, read] += host(ssd(*(Tensor(place(v)) for v in (*arrays, D)), 5).data)
     assert relative_error(run(q), wanted) < ROUNDING
 
 
@@ -138,8 +143,9 @@ def test_angles_stay_within_one_turn_and_those_of_a_prefix_are_the_prefix_of_the
     rng = np.random.default_rng(6)
     dt, angle = rng.uniform(0, 3, (2, 20_000, 3)).astype(dtype), (rng.standard_normal((2, 20_000, 4)) + 0.5).astype(dtype)
     with no_grad():
-        phi = running_angle(Tensor(dt), Tensor(angle)).data
-        short = running_angle(Tensor(dt[:, :777].copy()), Tensor(angle[:, :777].copy())).data
+        phi = host(running_angle(Tensor(place(dt)), Tensor(place(angle))).data)
+        parts = (Tensor(place(v[:, :777].copy())) for v in (dt, angle))
+        short = host(running_angle(*parts).data)
     assert phi.dtype == dtype and phi.min() >= 0
     # Rounded to its dtype, an angle just below a whole turn may become the number nearest to 2π, which lies above it.
     assert phi.max() <= dtype(2 * math.pi)
@@ -150,11 +156,11 @@ def test_angles_stay_within_one_turn_and_those_of_a_prefix_are_the_prefix_of_the
 def test_changing_a_token_changes_no_output_before_it_and_every_one_after() -> None:
     layer, u = make_layer(mamba3_mimo_rank=2), np.random.default_rng(7).standard_normal((1, 11, 12))
     with no_grad():
-        first = layer(Tensor(u)).data
+        first = host(layer(Tensor(place(u))).data)
         for t in range(11):
             changed = u.copy()
             changed[:, t] += 0.5
-            after = layer(Tensor(changed)).data
+            after = host(layer(Tensor(place(changed))).data)
             # The inflow of the token before t holds (1-λ_t) dt_t, but counts from t on: to the tokens before, nothing moved.
             assert np.array_equal(after[:, :t], first[:, :t])
             assert np.all(np.abs(after[:, t:] - first[:, t:]).max(axis=-1) > 0)
@@ -165,9 +171,9 @@ def test_the_outputs_of_a_prefix_are_the_prefix_of_the_outputs(changes: dict[str
     """Whatever chunks the lengths fall into."""
     layer, u = make_layer(**changes), np.random.default_rng(8).standard_normal((2, 23, 12))
     with no_grad():
-        whole = layer(Tensor(u)).data
+        whole = host(layer(Tensor(place(u))).data)
         for T in (1, 4, 5, 6, 22):
-            assert relative_error(layer(Tensor(u[:, :T].copy())).data, whole[:, :T].copy()) < ROUNDING
+            assert relative_error(layer(Tensor(place(u[:, :T].copy()))).data, whole[:, :T].copy()) < ROUNDING
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
@@ -179,7 +185,7 @@ def test_a_layer_whose_rotation_pairs_the_halves_of_the_state_is_ours_with_its_s
     H, P, R, G, N, S = layer.heads, layer.head_dim, layer.rank, layer.groups, layer.d_state, layer.pairs
     pairs = [i for s in range(S) for i in (s, N // 2 + s)]
     order = pairs + [i for i in range(N) if i not in pairs]
-    u, theirs = np.random.default_rng(12).standard_normal((2, 13, 12)), layer.state_dict()
+    u, theirs = np.random.default_rng(12).standard_normal((2, 13, 12)), weights_of(layer)
 
     def turned_by_halves(v: Array, phi: Array) -> Array:
         rotation, v = np.exp(1j * phi), v.copy()
@@ -196,8 +202,9 @@ def test_a_layer_whose_rotation_pairs_the_halves_of_the_state_is_ours_with_its_s
         theirs[name][...] = theirs[name][..., order]
     rows = theirs["in_proj.weight"][2 * H * P : 2 * H * P + 2 * R * G * N].reshape(2, R, G, N, 12)  # those of B, of C
     rows[...] = rows[:, :, :, order]
+    layer.load_state_dict(theirs)
     with no_grad():
-        assert relative_error(layer(Tensor(u)).data, wanted) < ROUNDING
+        assert relative_error(layer(Tensor(place(u))).data, wanted) < ROUNDING
 
 
 # --- parity, by construction ------------------------------------------------------------------------------------------
@@ -227,8 +234,8 @@ def parity_machine(dtype: str, turning: bool = True) -> LanguageModel:
         mamba3_rope_fraction=1.0,
         dtype=dtype,
     )
-    model = LanguageModel(config)
-    w = model.state_dict()
+    model = LanguageModel(config, device=devices.current())
+    w = {name: host(array).copy() for name, array in model.state_dict().items()}
     for name, array in w.items():
         array[...] = 1.0 if name.endswith("norm.weight") else 0.0
     mixer = "layers.0.mamba3.mixer."
@@ -244,6 +251,7 @@ def parity_machine(dtype: str, turning: bool = True) -> LanguageModel:
     w[f"{mixer}dt_bias"][...] = math.log(math.e - 1)  # its softplus is 1
     w[f"{mixer}out_proj.weight"][3, 0] = 1.0
     w["lm_head.weight"][:2, 3] = 1.0, -1.0
+    model.load_state_dict(w)
     return model
 
 
@@ -256,21 +264,25 @@ def bits(count: int, length: int) -> tuple[Array, Array]:
     return ids, parity
 
 
-@pytest.mark.parametrize("dtype", ["f64", "f32"])
-def test_a_rotation_by_pi_a_bit_solves_parity_at_every_one_of_4096_positions_without_training(dtype: str) -> None:
-    ids, parity = bits(3, 4096)
+@everywhere("dtype,length", [("f64", 4096), ("f32", 4096)], [("f32", 500)])
+def test_a_rotation_by_pi_a_bit_solves_parity_at_every_one_of_4096_positions_without_training(
+    dtype: str, length: int
+) -> None:
+    ids, parity = (array[:, : length + 1] for array in bits(3, 4096))
     with no_grad():
-        logits = parity_machine(dtype)(ids).data
+        logits = host(parity_machine(dtype)(ids).data)
     assert np.array_equal(logits[..., :2].argmax(axis=-1), parity)
     # Far from chance: the state has decayed to exp(-0.4096) = 0.66 of itself at the end, the answer with it.
     margin = np.abs(logits[..., 0] - logits[..., 1])
     assert margin.min() > 0.5 * margin.max()
 
 
-def test_without_rotation_the_same_weights_cannot_tell_even_from_odd() -> None:
+@everywhere("length", [4096], [500])
+def test_without_rotation_the_same_weights_cannot_tell_even_from_odd(length: int) -> None:
     ids, parity = bits(3, 4096)
     with no_grad():
-        answers = parity_machine("f64", turning=False)(ids).data[..., :2].argmax(axis=-1)
+        logits = host(parity_machine("f64", turning=False)(ids[:, : length + 1]).data)
+    answers = logits[..., :2].argmax(axis=-1)
     assert np.all(answers == 0)  # a real decay is positive: the sign of the state never changes
     assert abs(parity.mean() - 0.5) < 0.02  # so half of the answers are wrong
 
@@ -282,7 +294,7 @@ def test_decoding_solves_parity_token_by_token(length: int, dtype: str) -> None:
     model = parity_machine(dtype)
     cache = model.new_cache(3)
     for t in range(length + 1):
-        assert np.array_equal(model.step(ids[:, t], cache)[:, :2].data.argmax(axis=-1), parity[:, t]), t
+        assert np.array_equal(host(model.step(ids[:, t], cache).data)[:, :2].argmax(axis=-1), parity[:, t]), t
 
 
 def test_the_scan_solves_parity_in_float32_with_time_steps_of_any_size_whose_turns_are_pi() -> None:
@@ -292,15 +304,15 @@ def test_the_scan_solves_parity_in_float32_with_time_steps_of_any_size_whose_tur
     ones = rng.integers(0, 2, (1, T, 1))
     dt = rng.uniform(1.05, 2, (1, T, 1))
     angle = np.arctanh(ones / dt)  # dt π tanh(angle) = π or 0
-    phi = running_angle(Tensor(dt.astype(np.float32)), Tensor(angle.astype(np.float32)))
+    phi = running_angle(Tensor(place(dt.astype(np.float32))), Tensor(place(angle.astype(np.float32))))
     x = np.zeros((1, T, 1, 1, 1), np.float32)
     x[:, 0] = 1.0
     lam = np.ones(dt.shape)
     numbers = [v.astype(np.float32) for v in (dt * -1e-4, *trapezoid(dt, lam))]
     still, bias = np.zeros((1, T, 1, 1, 2), np.float32), np.array([[[1.0, 0.0]]], np.float32)
-    arrays = (x, *numbers, still, still, bias, bias, phi.data, np.zeros(1, np.float32))
+    arrays = (x, *numbers, still, still, bias, bias, host(phi.data), np.zeros(1, np.float32))
     with no_grad():
-        y = mamba3_scan(*(Tensor(v) for v in arrays), 64).data[0, :, 0, 0, 0]
+        y = host(mamba3_scan(*(Tensor(place(v)) for v in arrays), 64).data)[0, :, 0, 0, 0]
     flips = np.cumsum(ones[0, 1:, 0], dtype=np.int64)
     assert np.array_equal(np.sign(y[1:]), 1 - 2.0 * (flips % 2))
 
@@ -309,9 +321,9 @@ def test_decodings_angle_agrees_with_the_running_one() -> None:
     rng = np.random.default_rng(11)
     dt, angle = rng.uniform(0, 2, (2, 300, 3)), rng.standard_normal((2, 300, 4))
     with no_grad():
-        wanted = running_angle(Tensor(dt), Tensor(angle)).data
-    phi = np.zeros((2, 3, 4))
+        wanted = host(running_angle(Tensor(place(dt)), Tensor(place(angle))).data)
+    phi = place(np.zeros((2, 3, 4)))
     for t in range(300):
-        phi = next_angle(phi, dt[:, t], angle[:, t])
+        phi = next_angle(phi, place(dt[:, t]), place(angle[:, t]))
         # 300 turns of up to 2π, each rounded at sums below 4π, against sums that grow to a few hundred: below 1e-12.
-        assert np.abs(np.exp(1j * phi) - np.exp(1j * wanted[:, t])).max() < ROUNDING
+        assert np.abs(np.exp(1j * host(phi)) - np.exp(1j * wanted[:, t])).max() < ROUNDING

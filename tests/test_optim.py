@@ -1,4 +1,7 @@
-"""AdamW against a plain Python one, its rounding, its state, the gradient norm, and the schedules at their key points."""
+"""AdamW against a plain Python one, its rounding, its state, the gradient norm, and the schedules at their key points.
+
+Updates and norms are computed on the host and on a device; threads, tiles and schedules are the host's alone.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,33 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import devices
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import host, place
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oxidizr_ref import parallel
+from oxidizr_ref.backend import xp_of
 from oxidizr_ref.errors import CheckpointError
 from oxidizr_ref.optim import AdamW, clip_factor, decays, first_not_finite, global_norm, learning_rate
+
+on_both = pytest.mark.usefixtures("device")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPES = {"layers.0.up.weight": (3, 4), "norm.weight": (5,), "layers.0.mixer.A_log": (2, 2)}
 
 
 def random_arrays(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, dtype: Any = np.float64) -> dict[str, Any]:
+    """Arrays where the test computes."""
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    return placed({name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()})
+
+
+def placed(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: place(array) for name, array in arrays.items()}
 
 
 def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +44,7 @@ def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bits(arrays: Mapping[str, Any]) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in arrays.items()}
+    return {name: host(array).tobytes() for name, array in arrays.items()}
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -51,6 +64,7 @@ def adamw_number_by_number(
     return p
 
 
+@on_both
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
 def test_twenty_steps_equal_a_plain_python_adamw(betas: tuple[float, float], eps: float) -> None:
@@ -62,17 +76,18 @@ def test_twenty_steps_equal_a_plain_python_adamw(betas: tuple[float, float], eps
         optimizer.step(g, lr=lr, gradient_scale=scale)
     for name, array in arrays.items():
         wanted = adamw_number_by_number(
-            before[name].ravel().tolist(),
-            [(g[name] * scale).ravel().tolist() for g in gradients],
+            host(before[name]).ravel().tolist(),
+            [(host(g[name]) * scale).ravel().tolist() for g in gradients],
             rates,
             betas,
             eps,
             0.1 if name == "layers.0.up.weight" else 0.0,
         )
         # Twenty updates of about ten roundings each, parameters and updates of order one: 200 · 1.1e-16 and some room.
-        np.testing.assert_allclose(array.ravel(), wanted, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(host(array).ravel(), wanted, rtol=0, atol=1e-13)
 
 
+@on_both
 def test_learning_rate_of_the_optimizer_is_the_default_and_the_arrays_are_changed_in_place() -> None:
     arrays, explicit = random_arrays(0), random_arrays(0)
     same = dict(arrays)
@@ -82,6 +97,7 @@ def test_learning_rate_of_the_optimizer_is_the_default_and_the_arrays_are_change
     assert all(arrays[name] is same[name] for name in arrays)
 
 
+@on_both
 def test_gradients_are_never_changed() -> None:
     arrays, gradients = random_arrays(0), random_arrays(1)
     before = bits(gradients)
@@ -89,18 +105,20 @@ def test_gradients_are_never_changed() -> None:
     assert bits(gradients) == before
 
 
+@on_both
 def test_first_step_moves_every_element_by_the_learning_rate_against_its_gradient() -> None:
-    arrays = {"w": np.zeros(4)}
-    AdamW(arrays, lr=0.1, weight_decay=0.0).step({"w": np.array([1e-3, -2.0, 50.0, 0.0])})
+    arrays = placed({"w": np.zeros(4)})
+    AdamW(arrays, lr=0.1, weight_decay=0.0).step(placed({"w": np.array([1e-3, -2.0, 50.0, 0.0])}))
     # m̂ / sqrt(v̂) = sign(g), but for eps = 1e-8 beside |g| ≥ 1e-3.
-    np.testing.assert_allclose(arrays["w"], [-0.1, 0.1, -0.1, 0.0], rtol=1.1e-5)
+    np.testing.assert_allclose(host(arrays["w"]), [-0.1, 0.1, -0.1, 0.0], rtol=1.1e-5)
 
 
+@on_both
 def test_zero_gradient_of_a_decaying_parameter_shrinks_it_and_of_another_leaves_its_bits() -> None:
-    arrays = {"a.weight": np.array([2.0]), "norm.weight": np.array([2.0])}
-    AdamW(arrays, lr=0.1, weight_decay=0.5).step({name: np.zeros(1) for name in arrays})
-    np.testing.assert_array_equal(arrays["a.weight"], [2.0 * (1 - 0.1 * 0.5)])
-    np.testing.assert_array_equal(arrays["norm.weight"], [2.0])
+    arrays = placed({"a.weight": np.array([2.0]), "norm.weight": np.array([2.0])})
+    AdamW(arrays, lr=0.1, weight_decay=0.5).step(placed({name: np.zeros(1) for name in arrays}))
+    np.testing.assert_array_equal(host(arrays["a.weight"]), [2.0 * (1 - 0.1 * 0.5)])
+    np.testing.assert_array_equal(host(arrays["norm.weight"]), [2.0])
 
 
 @pytest.mark.parametrize(
@@ -124,6 +142,7 @@ def test_decay_acts_on_matrices_and_not_on_norms_biases_and_state_space_paramete
     assert decays(name) is decayed
 
 
+@on_both
 def test_gradients_of_other_names_are_refused_and_nothing_changes() -> None:
     arrays = random_arrays(0)
     before, optimizer = bits(arrays), AdamW(arrays, lr=0.1)
@@ -135,6 +154,7 @@ def test_gradients_of_other_names_are_refused_and_nothing_changes() -> None:
     assert optimizer.updates == 0
 
 
+@on_both
 @pytest.mark.parametrize(("storage", "moments"), [("f8", "f8"), ("f4", "f4"), ("f2", "f4"), (BF16, "f4")])
 def test_moments_have_the_compute_dtype_and_parameters_keep_theirs(storage: Any, moments: str) -> None:
     arrays = random_arrays(0, dtype=storage)
@@ -142,16 +162,19 @@ def test_moments_have_the_compute_dtype_and_parameters_keep_theirs(storage: Any,
     optimizer.step(random_arrays(1, dtype=moments))
     assert {a.dtype for a in arrays.values()} == {np.dtype(storage)}
     assert {a.dtype for a in optimizer.state_dict().values()} == {np.dtype(moments)}
-    assert all(a.flags.c_contiguous and a.flags.owndata for a in optimizer.state_dict().values())
+    assert all(a.flags.c_contiguous for a in optimizer.state_dict().values())
+    if devices.current() == "cpu":
+        assert all(a.flags.owndata for a in optimizer.state_dict().values())
 
 
+@on_both
 def test_parameter_that_is_not_contiguous_is_updated_or_refused_but_never_silently_left_alone() -> None:
-    array = np.asfortranarray(np.ones((3, 4)))
+    array = place(np.asfortranarray(np.ones((3, 4))))
     try:
-        AdamW({"w": array}, lr=0.1).step({"w": np.ones((3, 4))})
+        AdamW({"w": array}, lr=0.1).step(placed({"w": np.ones((3, 4))}))
     except ValueError:
         return
-    assert np.all(array < 1)
+    assert np.all(host(array) < 1)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -191,6 +214,7 @@ def test_update_does_not_depend_on_how_it_is_cut_into_tiles() -> None:
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
+@on_both
 @pytest.mark.parametrize("storage", [np.dtype(np.float64), np.dtype(np.float32), BF16], ids=str)
 def test_resumed_optimizer_continues_to_the_same_bits(storage: Any) -> None:
     compute = np.float64 if storage == np.float64 else np.float32
@@ -209,7 +233,7 @@ def test_resumed_optimizer_continues_to_the_same_bits(storage: Any) -> None:
     saved = copies(before.state_dict())
     after.load_state_dict(saved, before.updates)
     assert after.updates == 3
-    assert not any(np.shares_memory(saved[name], slot) for name, slot in after.state_dict().items())
+    assert not any(xp_of(slot).may_share_memory(saved[name], slot) for name, slot in after.state_dict().items())
     for g in gradients[3:]:
         after.step(g)
     assert bits(resumed) == bits(straight)
@@ -217,14 +241,16 @@ def test_resumed_optimizer_continues_to_the_same_bits(storage: Any) -> None:
     assert bits(resumed) != bits(first)
 
 
+@on_both
 def test_state_dict_names_every_slot_of_every_parameter_and_holds_the_live_arrays() -> None:
     optimizer = AdamW(random_arrays(0), lr=0.1)
     state = optimizer.state_dict()
     assert sorted(state) == sorted(f"{slot}.{name}" for slot in ("exp_avg", "exp_avg_sq") for name in SHAPES)
     optimizer.step(random_arrays(1))
-    assert all(np.any(state[name] != 0) for name in state)
+    assert all(np.any(host(state[name]) != 0) for name in state)
 
 
+@on_both
 @pytest.mark.parametrize("harm", ["missing", "shape", "extra"])
 def test_slots_that_do_not_fit_are_refused_by_name(harm: str) -> None:
     optimizer = AdamW(random_arrays(0), lr=0.1)
@@ -233,10 +259,10 @@ def test_slots_that_do_not_fit_are_refused_by_name(harm: str) -> None:
     if harm == "missing":
         del state[name]
     elif harm == "shape":
-        state[name] = np.ones(6)
+        state[name] = place(np.ones(6))
     else:
         name = "exp_avg.unknown"
-        state[name] = np.ones(3)
+        state[name] = place(np.ones(3))
     with pytest.raises(CheckpointError, match=name):
         optimizer.load_state_dict(state, 3)
     assert optimizer.updates == 0
@@ -245,54 +271,59 @@ def test_slots_that_do_not_fit_are_refused_by_name(harm: str) -> None:
 # --- bf16 -------------------------------------------------------------------------------------------------------------
 
 
+@on_both
 def test_stochastic_rounding_is_unbiased_where_rounding_to_nearest_would_freeze() -> None:
     n, steps, rate = 4096, 64, 1e-4
-    arrays = {"norm.weight": np.ones(n, dtype=BF16)}
+    arrays = placed({"norm.weight": np.ones(n, dtype=BF16)})
     optimizer = AdamW(arrays, lr=rate, betas=(0.0, 0.0), eps=0.0)  # every update is exactly rate · sign(g)
-    gradient = {"norm.weight": np.full(n, -1.0, dtype=np.float32)}
+    gradient = placed({"norm.weight": np.full(n, -1.0, dtype=np.float32)})
     frozen = np.ones(n, dtype=BF16)
     for _ in range(steps):
         optimizer.step(gradient)
         frozen = (frozen.astype(np.float32) + np.float32(rate)).astype(BF16)
     np.testing.assert_array_equal(frozen.astype(np.float32), 1.0)  # half a unit at 1 is 2⁻⁸ = 0.0039 > 1e-4
-    found = arrays["norm.weight"].astype(np.float64)
+    found = host(arrays["norm.weight"]).astype(np.float64)
     # An update of u below one unit q = 2⁻⁷ happens with probability u/q: variance q·u a step at most, so the mean of n
     # elements over all steps has standard error sqrt(steps · q · u / n) = 1.1e-4 beside a total of 6.4e-3; five of them.
     assert abs(found.mean() - (1 + steps * rate)) < 5 * math.sqrt(steps * 2**-7 * rate / n)
     assert set(np.unique(found)) <= {1 + k * 2**-7 for k in range(9)}
 
 
+@on_both
 def test_stochastic_rounding_of_a_value_bf16_can_hold_keeps_it() -> None:
-    arrays = {"norm.weight": np.array([1.0, -2.5, 0.0, 3.140625, 2.0**-130, -(2.0**100)], dtype=BF16)}
+    arrays = placed({"norm.weight": np.array([1.0, -2.5, 0.0, 3.140625, 2.0**-130, -(2.0**100)], dtype=BF16)})
     before = bits(arrays)
     optimizer = AdamW(arrays, lr=0.1)
     for _ in range(20):
-        optimizer.step({"norm.weight": np.zeros(6, dtype=np.float32)})
+        optimizer.step(placed({"norm.weight": np.zeros(6, dtype=np.float32)}))
     assert bits(arrays) == before
 
 
+@on_both
 def test_f16_is_rounded_stochastically_too_in_its_normal_and_subnormal_range() -> None:
     # (value, distance of neighbours): 1 + u·2⁻¹⁰ and, subnormal, (k + u)·2⁻²⁴, with u = 1/4.
     for value, unit in ((1.0, 2.0**-10), (-2.0, 2.0**-9), (5 * 2.0**-24, 2.0**-24), (-(2.0**-15), 2.0**-24)):
         n = 20_000
-        arrays = {"norm.weight": np.full(n, value, dtype=np.float16)}
+        arrays = placed({"norm.weight": np.full(n, value, dtype=np.float16)})
         optimizer = AdamW(arrays, lr=unit / 4, betas=(0.0, 0.0), eps=0.0)
-        optimizer.step({"norm.weight": np.full(n, -math.copysign(1.0, value), dtype=np.float32)})
-        moved = (np.abs(arrays["norm.weight"].astype(np.float64)) - abs(value)) / unit
+        optimizer.step(placed({"norm.weight": np.full(n, -math.copysign(1.0, value), dtype=np.float32)}))
+        moved = (np.abs(host(arrays["norm.weight"]).astype(np.float64)) - abs(value)) / unit
         assert set(np.unique(moved)) == {0.0, 1.0}
         assert abs(moved.mean() - 0.25) < 0.016  # five times sqrt(3/16/20000)
 
 
+@on_both
 def test_stochastic_rounding_of_a_value_f16_can_hold_keeps_it() -> None:
     every = np.arange(65536, dtype=np.uint16).view(np.float16)
-    arrays = {"norm.weight": every[np.isfinite(every) & (every != 0)]}
+    arrays = placed({"norm.weight": every[np.isfinite(every) & (every != 0)]})
     before = bits(arrays)
-    AdamW(arrays, lr=0.1).step({"norm.weight": np.zeros(len(arrays["norm.weight"]), dtype=np.float32)})
+    AdamW(arrays, lr=0.1).step(placed({"norm.weight": np.zeros(len(arrays["norm.weight"]), dtype=np.float32)}))
     assert bits(arrays) == before
 
 
+@on_both
 def test_first_not_finite_names_the_first_array_in_name_order() -> None:
-    arrays = {"b": np.ones(200_000, np.float32), "a": np.ones(3, dtype=BF16), "c": np.ones(2, np.float16)}
+    arrays = placed({"b": np.ones(200_000, np.float32), "a": np.ones(3, dtype=BF16), "c": np.ones(2, np.float16)})
     assert first_not_finite(arrays) is None
     arrays["c"][1] = np.inf
     assert first_not_finite(arrays) == "c"
@@ -300,23 +331,26 @@ def test_first_not_finite_names_the_first_array_in_name_order() -> None:
     assert first_not_finite(arrays) == "b"
 
 
+@on_both
 def test_stochastic_rounding_treats_both_signs_alike_and_stays_within_one_unit() -> None:
     n = 20_000
-    arrays = {"norm.weight": np.repeat(np.array([1.0, -1.0]), n // 2).astype(BF16)}
-    AdamW(arrays, lr=2.0**-9, betas=(0.0, 0.0), eps=0.0).step({"norm.weight": -arrays["norm.weight"].astype(np.float32)})
-    up = np.abs(arrays["norm.weight"].astype(np.float64))
+    start = np.repeat(np.array([1.0, -1.0]), n // 2)
+    arrays = placed({"norm.weight": start.astype(BF16)})
+    AdamW(arrays, lr=2.0**-9, betas=(0.0, 0.0), eps=0.0).step(placed({"norm.weight": -start.astype(np.float32)}))
+    up = np.abs(host(arrays["norm.weight"]).astype(np.float64))
     assert set(np.unique(up)) == {1.0, 1 + 2.0**-7}
     for half in (up[: n // 2], up[n // 2 :]):  # a quarter unit: probability 1/4, standard error sqrt(3/16/10⁴) = 0.0043
         assert abs((half > 1).mean() - 0.25) < 0.022
 
 
+@on_both
 def test_rounding_bits_are_addressed_by_seed_name_update_and_element_not_drawn() -> None:
     def after(name: str, seed: int, size: int, updates: int) -> Any:
-        others = {"a.norm.weight": np.ones(5, dtype=BF16), name: np.ones(size, dtype=BF16)}
+        others = placed({"a.norm.weight": np.ones(5, dtype=BF16), name: np.ones(size, dtype=BF16)})
         optimizer = AdamW(others, lr=2.0**-8, betas=(0.0, 0.0), eps=0.0, seed=seed)
         optimizer.updates = updates
-        optimizer.step({key: np.full(array.shape, -1.0, dtype=np.float32) for key, array in others.items()})
-        return others[name].astype(np.float32)
+        optimizer.step(placed({key: np.full(array.shape, -1.0, dtype=np.float32) for key, array in others.items()}))
+        return host(others[name]).astype(np.float32)
 
     base = after("norm.weight", 0, 200, 3)
     np.testing.assert_array_equal(base, after("norm.weight", 0, 200, 3))
@@ -328,38 +362,45 @@ def test_rounding_bits_are_addressed_by_seed_name_update_and_element_not_drawn()
 # --- the norm ---------------------------------------------------------------------------------------------------------
 
 
+@on_both
 @given(sizes=st.lists(st.integers(0, 50), max_size=5), seed=st.integers(0, 2**32), scale=st.sampled_from([1e-18, 1.0, 1e18]))
 def test_global_norm_equals_the_exact_sum_of_squares(sizes: list[int], seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
     gradients = {f"p{i}": (rng.standard_normal(size) * scale).astype(np.float32) for i, size in enumerate(sizes)}
     exact = math.sqrt(math.fsum(float(x) ** 2 for g in gradients.values() for x in g))
     # float64 sums of at most 250 positive terms: 250 · 1.1e-16.
-    assert global_norm(gradients) == pytest.approx(exact, rel=3e-14, abs=0)
+    assert float(global_norm(placed(gradients))) == pytest.approx(exact, rel=3e-14, abs=0)
 
 
+@on_both
 def test_global_norm_over_many_tiles_equals_the_exact_sum_and_ignores_the_order_of_names() -> None:
     shapes = {"a": (3 * parallel.ELEMENTS + 5,), "b": (300, 300), "c": (1,)}
     gradients = random_arrays(0, shapes, np.float32)
-    exact = math.sqrt(math.fsum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
-    assert global_norm(gradients) == pytest.approx(exact, rel=1e-13)
-    assert global_norm(gradients) == global_norm(dict(reversed(gradients.items())))
+    exact = math.sqrt(math.fsum((host(g).astype(np.float64) ** 2).sum() for g in gradients.values()))
+    assert float(global_norm(gradients)) == pytest.approx(exact, rel=1e-13)
+    assert float(global_norm(gradients)) == float(global_norm(dict(reversed(gradients.items()))))
 
 
+@on_both
 @pytest.mark.parametrize(("value", "check"), [(math.nan, math.isnan), (math.inf, math.isinf)])
 def test_global_norm_tells_of_nan_and_infinity(value: float, check: Any) -> None:
-    assert check(global_norm({"a": np.array([1.0, value], dtype=np.float32)}))
+    assert check(float(global_norm(placed({"a": np.array([1.0, value], dtype=np.float32)}))))
 
 
 def test_global_norm_of_nothing_is_zero() -> None:
     assert global_norm({}) == 0.0
 
 
+@on_both
 def test_clip_factor_scales_to_the_limit_and_never_up() -> None:
-    assert clip_factor(0.0, 1.0) == 1.0
-    assert clip_factor(0.5, 1.0) == 1.0
-    assert clip_factor(4.0, 1.0) == 1.0 / (4.0 + 1e-6)
-    assert clip_factor(4.0, 8.0) == 1.0
-    assert clip_factor(1e9, 0.0) == 1.0  # 0: no clipping
+    def factor(norm: float, most: float) -> float:
+        return float(clip_factor(norm if devices.current() == "cpu" else place(norm), most))
+
+    assert factor(0.0, 1.0) == 1.0
+    assert factor(0.5, 1.0) == 1.0
+    assert factor(4.0, 1.0) == 1.0 / (4.0 + 1e-6)
+    assert factor(4.0, 8.0) == 1.0
+    assert factor(1e9, 0.0) == 1.0  # 0: no clipping
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

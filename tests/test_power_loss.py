@@ -236,8 +236,8 @@ def _recover_from_some(place: Path, wanted: int) -> None:
     print(f"{len(recover.done)} different states of {seed} histories")
 
 
-def test_five_thousand_power_cuts_in_long_histories_are_recovered_from(place: Path) -> None:
-    _recover_from_some(place, 5_000)
+def test_two_thousand_power_cuts_in_long_histories_are_recovered_from(place: Path) -> None:
+    _recover_from_some(place, 2_000)
 
 
 @pytest.mark.long
