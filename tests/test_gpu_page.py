@@ -221,12 +221,12 @@ def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets_and
     latent = {"kv_latent_dim": 4, "q_latent_dim": 4, "d_rope": 2}
     # w_dkv, w_dq: 8 × 4; w_uq, w_uk, w_uv: 4 × 8; w_qr: 4 or 8 × 4 (from what the layer says); keys are 2 wider.
     model = LanguageModel(
-        ModelConfig(hidden_size=8, num_layers=2, num_heads=2, vocab_size=10, intermediate_size=12, **latent)
+        ModelConfig(hidden_size=8, num_layers=2, num_heads=2, vocab_size=10, max_seq_len=6, intermediate_size=12, **latent)
     )
     met = model.num_parameters() - 80
     assert operations(intermediate_size=12, **latent) == 6 * met + 2 * (3 * 6 * 2 * (4 + 2 + 4))
     alone = {"num_layers": 1, "mamba_layers": [0], "mamba_d_state": 4}
-    mamba = LanguageModel(ModelConfig(hidden_size=8, num_heads=2, vocab_size=10, **alone))
+    mamba = LanguageModel(ModelConfig(hidden_size=8, num_heads=2, vocab_size=10, max_seq_len=6, **alone))
     assert operations(**alone) == 6 * (mamba.num_parameters() - 80)
 
 

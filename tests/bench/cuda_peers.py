@@ -233,7 +233,7 @@ def compare(config: str, overrides: Sequence[str], pairs: int, against: Sequence
 
 def must_be_the_same(ours: Sequence[float], theirs: Sequence[float], bound: float) -> None:
     """Raises PeerError where the losses of the first steps are farther apart than ``bound``, relatively."""
-    if not max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < bound:
+    if not all(abs(a / b - 1) < bound for a, b in zip(ours, theirs, strict=True)):  # NaN is not less
         raise PeerError(f"the twin is another model: losses {theirs}, ours {ours}")
 
 
