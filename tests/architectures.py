@@ -74,16 +74,18 @@ CHUNKED = tuple(name for name in NAMES if "mamba2_num_heads" in ARCHITECTURES[na
 FEW = ("hybrid", "hybrid_mamba1", "mamba3_mimo")
 
 
-def everywhere(arguments: str, values: Sequence[Any], on_stand_in: Sequence[Any]) -> Callable[[Test], Test]:
+def everywhere(
+    arguments: str, values: Sequence[Any], on_stand_in: Sequence[Any], fixtures: Sequence[str] = ()
+) -> Callable[[Test], Test]:
     """A test with each of the ``values`` on NumPy and on CuPy; on the stand-in, which is slow, with those ``on_stand_in``.
 
-    Values of several comma-separated arguments are tuples.
+    Values of several comma-separated arguments are tuples. ``fixtures``: the arguments that are given to fixtures.
     """
     cases = []
     for where, some in (("numpy", values), ("stand-in", on_stand_in), ("cupy", values)):
         marks = pytest.mark.gpu if where == "cupy" else ()
         cases += [pytest.param(where, *(value if isinstance(value, tuple) else (value,)), marks=marks) for value in some]
-    parametrized = pytest.mark.parametrize(f"device,{arguments}", cases, indirect=["device"])
+    parametrized = pytest.mark.parametrize(f"device,{arguments}", cases, indirect=["device", *fixtures])
     return lambda test: pytest.mark.usefixtures("device")(parametrized(test))
 
 

@@ -19,6 +19,19 @@ settings.register_profile("long", deadline=None, print_blob=True, max_examples=3
 settings.load_profile("short")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a CUDA device is skipped where there is none, and says why in one line a file."""
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not of_gpu:
+        return
+    from oxidizr_ref import backend  # here, so that runs without such tests do not pay for the import at collection
+
+    why = backend._why_no_gpu()
+    if why is not None:
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA device to run on: {why}"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test writes to, or believes, the caches of whoever runs it."""

@@ -21,7 +21,10 @@ _current = "cpu"
 
 @contextmanager
 def computing_on(where: str, patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Inside this context `place` leads to ``numpy``, ``stand-in`` or ``cupy``. Skips the test where it cannot be had. Gives cpu or gpu."""
+    """Inside this context `place` leads to ``numpy``, ``stand-in`` or ``cupy``. Gives cpu or gpu.
+
+    Skips the test where that cannot be had.
+    """
     global _current
     if where == "stand-in":
         if not cuda_on_host.available():

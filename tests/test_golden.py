@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from architectures import everywhere
 from devices import host
 from golden import write_format_v1
 
@@ -123,6 +124,7 @@ def test_loss_and_every_gradient_equal_the_golden_ones(model: LanguageModel, gol
         assert relative_error(gradient, wanted[name]) < 1e-7, name
 
 
+@everywhere("model", ["fused", "reference"], ["fused"], fixtures=["model"])
 def test_losses_norms_and_weights_of_clipped_adamw_steps_equal_the_golden_ones(model: LanguageModel, golden: Golden) -> None:
     keys = golden.word("optimizer")
     max_norm = keys.pop("max_grad_norm")

@@ -162,11 +162,11 @@ def test_without_a_device_nothing_is_written_and_the_reason_is_told(monkeypatch:
 
 def test_a_process_that_fails_is_told_by_the_last_line_it_said() -> None:
     assert script.run_python(["-c", "import sys; print('found'); print('said', file=sys.stderr)"]) == ("found\n", "said\n")
-    with pytest.raises(script.CaseError, match="^MemoryError: no room$"):
+    with pytest.raises(script.CaseError, match=r"^MemoryError: no room$"):
         script.run_python(["-c", "raise MemoryError('no room')"])
-    with pytest.raises(script.CaseError, match="^CaseError: x$"):  # without the name of its module
+    with pytest.raises(script.CaseError, match=r"^CaseError: x$"):  # without the name of its module
         script.run_python(["-c", "import sys; sys.exit('some.where.CaseError: x')"])
-    with pytest.raises(script.CaseError, match="^exit code 3$"):
+    with pytest.raises(script.CaseError, match=r"^exit code 3$"):
         script.run_python(["-c", "raise SystemExit(3)"])
 
 

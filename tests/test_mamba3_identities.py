@@ -287,7 +287,7 @@ def test_without_rotation_the_same_weights_cannot_tell_even_from_odd(length: int
     assert abs(parity.mean() - 0.5) < 0.02  # so half of the answers are wrong
 
 
-@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@everywhere("dtype", ["f64", "f32"], ["f32"])
 @pytest.mark.parametrize("length", [200, pytest.param(4096, marks=pytest.mark.long)])
 def test_decoding_solves_parity_token_by_token(length: int, dtype: str) -> None:
     ids, parity = bits(3, length)
