@@ -9,6 +9,7 @@ import numpy as np
 from devices import host, place
 
 from oxidizr_ref.autograd import Tensor, no_grad
+from oxidizr_ref.backend import on_device
 
 # The derivative of s(t) = sum(w * f(x + t v)) at t = 0 by the central difference of fourth order
 #     (8 (s(h) - s(-h)) - (s(2h) - s(-2h))) / 12h,    error h⁴/30 · s⁽⁵⁾.
@@ -24,16 +25,17 @@ def check_gradients(
 ) -> None:
     """Compare the derivative of ``sum(w * function(*arrays))`` along a random direction with the one autograd computes.
 
-    ``arrays``: float64, of any memory layout; autograd sees them as they are, the differences see contiguous copies. The
-    error is measured against the sum of the absolute contributions to the derivative, which, unlike the derivative itself,
-    cannot cancel to nearly nothing.
+    ``arrays``: float64, of any memory layout, on the host or where the test computes; autograd sees them as they are, the
+    differences see contiguous copies. The error is measured against the sum of the absolute contributions to the
+    derivative, which, unlike the derivative itself, cannot cancel to nearly nothing.
     """
-    leaves = [Tensor(place(array), requires_grad=True) for array in arrays]
+    leaves = [Tensor(array if on_device(array) else place(array), requires_grad=True) for array in arrays]
     result = function(*leaves)
     w = rng.standard_normal(result.shape)
     result.backward(place(w))
 
-    directions = [rng.standard_normal(np.shape(array)) for array in arrays]
+    arrays = [host(array) for array in arrays]
+    directions = [rng.standard_normal(array.shape) for array in arrays]
     contributions = []
     for leaf, direction in zip(leaves, directions, strict=True):
         assert leaf.grad is not None

@@ -16,14 +16,15 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Function, Tensor
+from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.sums import segment_sum
 
 pytestmark = pytest.mark.usefixtures("device")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Draw = Callable[[Any], Any]
-#: An op applied to some arrays: the function of tensors, and the arrays.
-Case = tuple[Callable[..., Tensor], list[np.ndarray[Any, Any]]]
+#: An op applied to some arrays: the function of tensors, and the arrays, which lie where the test computes.
+Case = tuple[Callable[..., Tensor], list[Array]]
 
 
 def tensor(x: Any, requires_grad: bool = False) -> Tensor:
@@ -36,26 +37,27 @@ def tensor(x: Any, requires_grad: bool = False) -> Tensor:
 LAYOUTS = ("plain", "fortran", "strided", "reversed", "offset")
 
 
-def in_layout(x: np.ndarray[Any, Any], layout: str) -> np.ndarray[Any, Any]:
+def in_layout(x: Array, layout: str) -> Array:
     """The same values, lying differently in memory."""
+    xp = xp_of(x)
     if x.ndim == 0 or layout == "plain":
         return x
     if layout == "fortran":
-        return np.asfortranarray(x)
+        return xp.array(x, order="F")
     if layout == "strided":
-        wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, dtype=x.dtype)
+        wide = xp.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, dtype=x.dtype)
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "reversed":
         return x[..., ::-1].copy()[..., ::-1]
-    wide = np.full((x.shape[0] + 2, *x.shape[1:]), np.nan, dtype=x.dtype)
+    wide = xp.full((x.shape[0] + 2, *x.shape[1:]), np.nan, dtype=x.dtype)
     wide[1:-1] = x
     return wide[1:-1]
 
 
-def numbers(draw: Draw, shape: tuple[int, ...], low: float = -2.0, high: float = 2.0) -> np.ndarray[Any, Any]:
+def numbers(draw: Draw, shape: tuple[int, ...], low: float = -2.0, high: float = 2.0) -> Array:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return in_layout(rng.uniform(low, high, shape), draw(st.sampled_from(LAYOUTS)))
+    return in_layout(place(rng.uniform(low, high, shape)), draw(st.sampled_from(LAYOUTS)))
 
 
 def shape_of(draw: Draw, min_dims: int = 0, max_dims: int = 3, min_side: int = 0) -> tuple[int, ...]:
@@ -125,7 +127,7 @@ def matmul_case(draw: Draw) -> Case:
 def where_case(draw: Draw) -> Case:
     a, b, c = broadcast_shapes(draw, 3)
     condition = numbers(draw, c) > 0
-    return lambda x, y: ops.where(x, y, condition=place(condition)), [numbers(draw, a), numbers(draw, b)]
+    return lambda x, y: ops.where(x, y, condition=condition), [numbers(draw, a), numbers(draw, b)]
 
 
 @case(ops.Power)
@@ -156,7 +158,7 @@ def max_case(draw: Draw) -> Case:
     # 0.1 apart, so that no step of the difference (directions of a few units times 2e-3) changes which is the largest.
     x = 0.1 * rng.permutation(size).reshape(shape)
     keepdims = draw(st.booleans())
-    return lambda x: ops.amax(x, axis=axis, keepdims=keepdims), [in_layout(x, draw(st.sampled_from(LAYOUTS)))]
+    return lambda x: ops.amax(x, axis=axis, keepdims=keepdims), [in_layout(place(x), draw(st.sampled_from(LAYOUTS)))]
 
 
 def along_axis(op: type[Function]) -> None:
@@ -287,7 +289,7 @@ def test_gradient_equals_finite_differences_for_every_op_shape_and_layout(op: ty
 def test_gradient_is_left_out_for_inputs_that_want_none(op: type[Function], data: Any) -> None:
     function, arrays = case_of(op, data.draw)
     wanted = data.draw(st.integers(0, len(arrays) - 1))
-    leaves = [tensor(array, requires_grad=i == wanted) for i, array in enumerate(arrays)]
+    leaves = [Tensor(array, requires_grad=i == wanted) for i, array in enumerate(arrays)]
     result = function(*leaves)
     result.backward(place(np.ones(result.shape)))
     for i, leaf in enumerate(leaves):
@@ -298,13 +300,12 @@ def test_gradient_is_left_out_for_inputs_that_want_none(op: type[Function], data
 @given(data=st.data())
 def test_inputs_and_incoming_gradient_are_never_changed(op: type[Function], data: Any) -> None:
     function, arrays = case_of(op, data.draw)
-    copies = [array.copy() for array in arrays]
-    placed = [place(array) for array in arrays]
-    result = function(*(Tensor(array, requires_grad=True) for array in placed))
+    copies = [host(array).copy() for array in arrays]
+    result = function(*(Tensor(array, requires_grad=True) for array in arrays))
     dy = place(np.random.default_rng(1).standard_normal(result.shape))
     dy_copy = host(dy).copy()
     result.backward(dy)
-    for array, copy in zip(placed, copies, strict=True):
+    for array, copy in zip(arrays, copies, strict=True):
         np.testing.assert_array_equal(host(array), copy)
     np.testing.assert_array_equal(host(dy), dy_copy)
 
@@ -383,6 +384,9 @@ OPERATOR_EXAMPLES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] 
     "reshape": (lambda t: t.reshape(2, -1), lambda x: x.reshape(2, -1)),
     "swapaxes": (lambda t: t.swapaxes(-1, 0), lambda x: x.swapaxes(-1, 0)),
 }
+#: What a device may round otherwise: powers, which CUDA gives within 4 units in the last place and NumPy within one, and
+#: sums of at most 4 positive terms in another order, 4 roundings each. All else is one IEEE operation.
+ROUNDED_OTHERWISE = ("__pow__", "__matmul__", "sum", "mean")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -393,8 +397,8 @@ def test_operator_computes_what_numpy_computes_in_the_same_dtype(name: str, dtyp
     x = np.random.default_rng(0).uniform(0.5, 2, (4, 3)).astype(dtype)
     result = ours(tensor(x)).data
     assert result.dtype == dtype
-    if name == "mean" and current() == "gpu":  # three numbers, added in another order
-        np.testing.assert_allclose(host(result), theirs(x), rtol=4 * np.finfo(dtype).eps)
+    if name in ROUNDED_OTHERWISE and current() == "gpu":
+        np.testing.assert_allclose(host(result), theirs(x), rtol=8 * np.finfo(dtype).eps)
     else:
         np.testing.assert_array_equal(host(result), theirs(x))
 
@@ -415,8 +419,10 @@ def test_tensor_with_tensor_operators_take_both_operands() -> None:
 def test_sigmoid_and_softplus_never_overflow(x: float) -> None:
     array = np.array([x], dtype=np.float32)  # a warning would be an error
     assert 0 <= host(ops.sigmoid(tensor(array)).data)[0] <= 1
-    # max(x, 0) <= log(1 + exp(x)) <= max(x, 0) + log(2), the sum rounded to float32.
-    assert max(x, 0.0) <= float(host(ops.softplus(tensor(array)).data)[0]) <= (max(x, 0.0) + np.log(2)) * (1 + 2**-23)
+    # max(x, 0) <= log(1 + exp(x)) <= max(x, 0) + log(2), the sum rounded to float32; on a device exp and log1p may each be
+    # off by two units in the last place of numbers below 1: by 2 · 2⁻²⁴, which is 1.5 · 2⁻²³ of log(2).
+    rounding = 2**-23 if current() == "cpu" else 4 * 2**-23
+    assert max(x, 0.0) <= float(host(ops.softplus(tensor(array)).data)[0]) <= (max(x, 0.0) + np.log(2)) * (1 + rounding)
 
 
 def test_softmax_of_huge_and_masked_scores_is_a_distribution() -> None:
@@ -431,7 +437,7 @@ def test_softmax_of_huge_and_masked_scores_is_a_distribution() -> None:
 @given(data=st.data())
 def test_float32_stays_float32_in_result_and_gradient(op: type[Function], data: Any) -> None:
     function, arrays = case_of(op, data.draw)
-    leaves = [tensor(array.astype(np.float32), requires_grad=True) for array in arrays]
+    leaves = [Tensor(array.astype(np.float32), requires_grad=True) for array in arrays]
     result = function(*leaves)
     assert result.dtype == np.float32
     result.backward(place(np.ones(result.shape, dtype=np.float32)))
@@ -444,8 +450,8 @@ def test_float32_stays_float32_in_result_and_gradient(op: type[Function], data: 
 def test_half_precision_storage_computes_in_float32(op: type[Function], storage: np.dtype[Any], data: Any) -> None:
     function, arrays = case_of(op, data.draw)
     stored = [array.astype(storage) for array in arrays]
-    halves = [tensor(array, requires_grad=True) for array in stored]
-    singles = [tensor(array.astype(np.float32), requires_grad=True) for array in stored]
+    halves = [Tensor(array, requires_grad=True) for array in stored]
+    singles = [Tensor(array.astype(np.float32), requires_grad=True) for array in stored]
     ours, wanted = function(*halves), function(*singles)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(host(ours.data), host(wanted.data))
@@ -475,15 +481,14 @@ def test_exponent_never_promotes(exponent: Any) -> None:
     assert x.grad.dtype == np.float32
 
 
-def test_numpy_array_on_the_left_of_an_operator_gives_one_tensor() -> None:
+def test_array_on_the_left_of_an_operator_gives_one_tensor_and_one_of_the_host_does_not_mix_with_a_device() -> None:
     x = tensor(np.ones(3, dtype=np.float32))
     if current() == "gpu":
         with pytest.raises(TypeError):
             np.arange(3.0) * x
-        return
-    y = np.arange(3.0) * x
+    y = place(np.arange(3.0)) * x
     assert isinstance(y, Tensor)
-    np.testing.assert_array_equal(y.data, [0, 1, 2])
+    np.testing.assert_array_equal(host(y.data), [0, 1, 2])
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
