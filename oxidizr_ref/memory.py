@@ -350,8 +350,8 @@ def _estimate_on_device(config: Config, parts: Sequence[Part], weights: int, mom
 def out_of_memory(config: Config, device: str, error: MemoryError, last_good: str) -> TrainingError:
     """What to tell when memory ran out: what was asked for, what the run needs and for what, and what needs less."""
     needs = estimate_memory(config, device)
-    parts = ", ".join(f"{what} {size / 1e6:,.0f}" for what, size in needs.parts().items())
+    parts = ", ".join(f"{what} {size / 1e6:,.1f}" for what, size in needs.parts().items())
     asked = " ".join(str(error).split()).removesuffix(".")
     advice = "a smaller --batch-size with a larger --grad-accum takes the same steps in less"
-    of_run = f"this run needs about {needs.total / 1e6:,.0f} MB ({parts})"
+    of_run = f"this run needs about {needs.total / 1e6:,.1f} MB ({parts})"
     return TrainingError(f"out of memory on the {device}: {asked}; {of_run}; {last_good}; {advice}")
