@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from oxidizr_ref import fused
 from oxidizr_ref.autograd import Tensor
+from oxidizr_ref.backend import on_device
 from oxidizr_ref.fused.register import REGISTER
 
 for _module in pkgutil.iter_modules(fused.__path__):  # a new file registers its ops here too
@@ -39,9 +40,10 @@ class Example(NamedTuple):
 def outputs_and_gradients(op: Callable[..., Any], example: Example) -> list[Array]:
     """The result, and the gradient of every array for one fixed random gradient of the result, computed where the test is.
 
+    The example's arrays may be there already, or are placed.
     What a plain composition never reads, as the decay of a sequence of one token, receives nothing there: that is zero.
     """
-    leaves = [Tensor(place(array), requires_grad=True) for array in example.arrays]
+    leaves = [Tensor(array if on_device(array) else place(array), requires_grad=True) for array in example.arrays]
     result = op(*leaves, **example.options)
     result.backward(place(np.random.default_rng(9).standard_normal(result.shape).astype(result.dtype)))
     zeros = (np.zeros(leaf.shape, leaf.dtype) for leaf in leaves)

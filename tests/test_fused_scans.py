@@ -1,8 +1,8 @@
 """What is special to the state space operations: chunks of any size, prefixes, causality, strong decay, long angles, memory.
 
-What holds for all fused operations is in test_fused.py. Which of these statements hold to the bit and which within rounding
-is said at each: a recurrence that runs token by token does the same operations at any block size and length, a matrix
-product over another chunk sums in another order.
+On either device, but for memory and tiles. What holds for all fused operations is in test_fused.py. Which of these
+statements hold to the bit and which within rounding is said at each: a recurrence that runs token by token does the same
+operations at any block size and length, a matrix product over another chunk sums in another order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import current, host, place
 from fused_examples import (
     Example,
     in_dtype,
@@ -34,6 +35,8 @@ from oxidizr_ref.fused.mamba3 import next_angle
 from oxidizr_ref.fused.register import REGISTER
 
 Array = Any
+
+on_both = pytest.mark.usefixtures("device")
 
 T, RANK = 11, 2
 #: For each op, which of its inputs run along time (axis 1); the others are parameters.
@@ -68,8 +71,8 @@ def example(name: str, chunk: int = 4, length: int = T, dtype: Any = np.float64)
 
 def output(name: str, arrays: list[Array], options: dict[str, Any]) -> Array:
     with no_grad():
-        result: Tensor = REGISTER[name].fused(*(Tensor(array) for array in arrays), **options)
-        return result.data
+        result: Tensor = REGISTER[name].fused(*(Tensor(place(array)) for array in arrays), **options)
+        return host(result.data)
 
 
 def relative(found: Array, wanted: Array) -> float:
@@ -80,6 +83,7 @@ def relative(found: Array, wanted: Array) -> float:
 # --- chunks and lengths -----------------------------------------------------------------------------------------------
 
 
+@on_both
 @pytest.mark.parametrize("length", [1, 2, 7, T])
 @pytest.mark.parametrize("name", CHUNKED)
 def test_every_chunk_size_gives_the_outputs_and_gradients_of_one_token_a_chunk(name: str, length: int) -> None:
@@ -92,6 +96,7 @@ def test_every_chunk_size_gives_the_outputs_and_gradients_of_one_token_a_chunk(n
             assert np.max(np.abs(ours - theirs), initial=0) <= 1e-13 * max(1.0, float(np.max(np.abs(theirs), initial=0)))
 
 
+@on_both
 def test_mamba3_s_chunk_smaller_than_its_rank_is_one_token() -> None:
     arrays, _ = example("mamba3_scan")
     one, less = (output("mamba3_scan", arrays, {"chunk": chunk}) for chunk in (RANK, 1))
@@ -110,22 +115,25 @@ def test_every_block_size_of_the_selective_scan_gives_the_same_bits(dtype: type)
             np.testing.assert_array_equal(output("selective_scan", arrays, options), wanted)
 
 
+@on_both
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", sorted(ALONG_TIME))
 def test_outputs_of_a_prefix_equal_the_prefix_of_the_outputs(name: str, dtype: type) -> None:
-    """To the bit, but for the last chunk of a chunked scan where the prefix cuts it: its products have another size."""
+    """To the bit, but for the last chunk of a chunked scan where the prefix cuts it: its products have another size. On a
+    device the products of all chunks are one call, whose way depends on their number."""
     chunk, length = 4, 23
     arrays, options = example(name, chunk, length, dtype)
     whole = output(name, arrays, options)
     for end in range(1, length):
         shorter = [array[:, :end].copy() if i in ALONG_TIME[name] else array for i, array in enumerate(arrays)]
         found = output(name, shorter, options)
-        same = end if name not in CHUNKED else (end // chunk * chunk if end >= chunk else 0)
+        same = end if name not in CHUNKED else end // chunk * chunk if current() == "cpu" else 0
         np.testing.assert_array_equal(found[:, :same], whole[:, :same])
         # Sums of at most 4 · 2 positions and 5 states: some dozens of roundings.
         assert relative(found, whole[:, :end]) <= 50 * np.finfo(dtype).eps
 
 
+@on_both
 @pytest.mark.parametrize("name", sorted(ALONG_TIME))
 def test_output_before_a_changed_token_keeps_its_bits(name: str) -> None:
     """To the bit in the chunked scans too: inside a chunk a later token counts with weight exactly zero."""
@@ -140,14 +148,15 @@ def test_output_before_a_changed_token_keeps_its_bits(name: str) -> None:
         assert np.any(after[:, t] != before[:, t])
 
 
+@on_both
 @pytest.mark.parametrize("name", sorted(ALONG_TIME))
 def test_gradient_of_a_past_output_is_exactly_zero_in_the_future(name: str) -> None:
     arrays, options = example(name)
-    leaves = [Tensor(array, requires_grad=True) for array in arrays]
+    leaves = [Tensor(place(array), requires_grad=True) for array in arrays]
     REGISTER[name].fused(*leaves, **options)[:, 5].sum().backward()
     for i in ALONG_TIME[name]:
-        np.testing.assert_array_equal(leaves[i].grad[:, 6:], 0)
-    assert np.all(leaves[0].grad[:, 5] != 0)
+        np.testing.assert_array_equal(host(leaves[i].grad)[:, 6:], 0)
+    assert np.all(host(leaves[0].grad)[:, 5] != 0)
 
 
 # --- decay ------------------------------------------------------------------------------------------------------------
@@ -173,6 +182,7 @@ def with_decay(name: str, a: Array) -> Example:
 SCANS = ("mamba3_scan", "selective_scan", "ssd")
 
 
+@on_both
 @pytest.mark.parametrize("name", SCANS)
 @pytest.mark.parametrize("a", [-1e2, -1e4, -1e30])
 def test_strong_decay_over_a_long_chunk_neither_overflows_nor_gives_nan_and_leaves_each_token_alone(
@@ -189,6 +199,7 @@ def test_strong_decay_over_a_long_chunk_neither_overflows_nor_gives_nan_and_leav
         assert relative(results[0][:, t : t + 1], output(name, alone, strong.options)) <= 1e-6
 
 
+@on_both
 @pytest.mark.parametrize("name", SCANS)
 @pytest.mark.parametrize("reset", [-1.0, -10.0, -100.0, -1e4])
 def test_a_token_that_clears_the_state_costs_the_tokens_behind_it_no_digits(name: str, reset: float) -> None:
@@ -204,6 +215,7 @@ def test_a_token_that_clears_the_state_costs_the_tokens_behind_it_no_digits(name
         assert relative(ours, theirs) <= 1e-5, number
 
 
+@on_both
 def test_state_that_never_decays_sums_what_enters() -> None:
     rng, length = np.random.default_rng(0), 100
     x, B = rng.standard_normal((1, length, 1, 1, 3)), rng.standard_normal((1, length, 1, 1, 4))
@@ -231,6 +243,7 @@ def long_turns(length: int) -> tuple[Array, Array, Array]:
     return dt, angle, turns
 
 
+@on_both
 def test_running_angle_of_20000_tokens_keeps_its_digits_in_float32_where_a_plain_sum_loses_them() -> None:
     dt, angle, turns = long_turns(20_000)
     exact = np.cumsum(turns, axis=1)
@@ -244,13 +257,15 @@ def test_running_angle_of_20000_tokens_keeps_its_digits_in_float32_where_a_plain
     assert np.max(on_the_circle(plain.astype(np.float64), exact)) > 1000 * tolerance
 
 
+@on_both
 def test_angle_carried_on_token_by_token_is_the_running_angle() -> None:
     dt, angle, turns = long_turns(2_000)
-    phi, steps = np.zeros((1, 2, 3)), []
+    phi, steps = place(np.zeros((1, 2, 3))), []
+    placed_dt, placed_angle = place(dt), place(angle)
     for t in range(dt.shape[1]):
-        phi = next_angle(phi, dt[:, t], angle[:, t])
-        assert phi.dtype == np.float64 and np.all((phi >= 0) & (phi <= 2 * math.pi))
-        steps.append(phi)
+        phi = next_angle(phi, placed_dt[:, t], placed_angle[:, t])
+        steps.append(host(phi))
+        assert steps[-1].dtype == np.float64 and np.all((steps[-1] >= 0) & (steps[-1] <= 2 * math.pi))
     exact = np.cumsum(turns, axis=1)
     # The n-th of the exact sums was rounded n times, as were the steps, each three times below 16.
     tolerance = np.arange(1, dt.shape[1] + 1)[:, None, None] * (exact + 3 * 16) * 2.0**-53
@@ -259,6 +274,7 @@ def test_angle_carried_on_token_by_token_is_the_running_angle() -> None:
     assert np.all(on_the_circle(found, np.stack(steps, axis=1)) <= 2.0**-22 + 2 * tolerance)
 
 
+@on_both
 def test_running_angle_turns_backward_as_well_as_forward() -> None:
     dt, angle = np.ones((1, 9, 1)), np.full((1, 9, 2), np.arctanh(0.5))
     angle[..., 1] *= -1

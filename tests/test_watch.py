@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from architectures import NAMES, batch, enliven, lively_model, model_config
+from architectures import FEW, NAMES, batch, enliven, everywhere, lively_model, small_model
+from devices import host, place
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +26,8 @@ from oxidizr_ref.optim import AdamW
 from oxidizr_ref.trace import Record
 from oxidizr_ref.trace.recorder import Recorder
 from oxidizr_ref.watch import Part, Watcher, named, watched, watching
+
+on_both = pytest.mark.usefixtures("device")
 
 # --- a watcher that lets all pass changes nothing ---------------------------------------------------------------------
 
@@ -43,23 +47,25 @@ class Names:
 
 def step_of(architecture: str, dtype: str, watcher: Callable[[LanguageModel], Watcher] | None) -> dict[str, bytes]:
     """Bytes of the loss, of every gradient, weight and moment of a training step of a lively model."""
-    model = LanguageModel(model_config(architecture, dtype=dtype), seed=1)
+    model = small_model(architecture, seed=1, dtype=dtype)
     enliven(model, seed=1)
     with watched(watcher(model)) if watcher is not None else nullcontext():
         loss = model.loss(*batch(seed=2), load_balance_alpha=0.1)
         loss.backward()
     gradients = {
-        name: p.grad if p.grad is not None else np.zeros(p.shape, compute_dtype(p.dtype))
+        name: p.grad if p.grad is not None else place(np.zeros(p.shape, compute_dtype(p.dtype)))
         for name, p in model.named_parameters()
     }
     optimizer = AdamW(model.state_dict(), lr=1e-2)
     optimizer.step(gradients, gradient_scale=optim.clip_factor(optim.global_norm(gradients), 0.5))
     found = {"loss": loss.data, **{f"{name}.grad": gradient for name, gradient in gradients.items()}}
-    return {name: array.tobytes() for name, array in {**found, **model.state_dict(), **optimizer.state_dict()}.items()}
+    return {name: host(array).tobytes() for name, array in {**found, **model.state_dict(), **optimizer.state_dict()}.items()}
 
 
-@pytest.mark.parametrize("side", ["fused", "reference"])
-@pytest.mark.parametrize("architecture", NAMES)
+SIDES = ("fused", "reference")
+
+
+@everywhere("architecture,side", list(itertools.product(NAMES, SIDES)), list(itertools.product(FEW, SIDES)))
 def test_a_step_has_equal_bits_watched_and_unwatched(architecture: str, side: str) -> None:
     names = Names()
     with reference() if side == "reference" else nullcontext():
@@ -70,6 +76,7 @@ def test_a_step_has_equal_bits_watched_and_unwatched(architecture: str, side: st
     assert len(set(alone.values())) > 20, "something was computed"
 
 
+@on_both
 @pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
 def test_so_it_has_whatever_the_parameters_are_stored_in(dtype: str) -> None:
     alone = step_of("hybrid", dtype, None)
@@ -205,12 +212,13 @@ def test_a_module_is_one_scope_whether_its_call_is_inherited_or_extended(kind: t
     assert (scopes.names, scopes.stack) == (expected, [])
 
 
+@on_both
 def test_calls_keep_their_names_docstrings_and_results() -> None:
     model = lively_model("llama")
     assert str(type(model).__call__.__doc__).startswith("The logits of the next token")
     with watched(Watcher()):
-        watched_logits = model(tokens=batch()[0]).data
-    assert np.array_equal(watched_logits, model(batch()[0]).data)
+        watched_logits = host(model(tokens=batch()[0]).data)
+    assert np.array_equal(watched_logits, host(model(batch()[0]).data))
 
 
 def test_the_recorder_s_scope_is_restored_after_an_exception_deep_inside() -> None:
@@ -255,9 +263,10 @@ def gradients_of(*leaves: Tensor) -> list[float]:
 
 
 def leaf(value: float) -> Tensor:
-    return Tensor(np.array(value), requires_grad=True)
+    return Tensor(place(value), requires_grad=True)
 
 
+@on_both
 def test_an_op_and_its_backward_read_the_operands_that_the_watcher_answers() -> None:
     x, y = leaf(3.0), leaf(5.0)
     with watched(Answering(operands=lambda _node, arrays: [a * 2 for a in arrays])):
@@ -266,6 +275,7 @@ def test_an_op_and_its_backward_read_the_operands_that_the_watcher_answers() -> 
     assert (product.item(), gradients_of(x, y)) == (60.0, [10.0, 6.0])
 
 
+@on_both
 def test_a_watcher_is_told_of_each_op_its_operands_and_its_result_in_order() -> None:
     told: list[tuple[str, str, list[float]]] = []
 
@@ -282,7 +292,7 @@ def test_a_watcher_is_told_of_each_op_its_operands_and_its_result_in_order() -> 
         return dy
 
     with watched(Answering(operands=operands, result=result, gradient=gradient)):
-        y = ops.exp(leaf(0.0) * Tensor(np.array(7.0))) + Tensor(np.array(1.0))
+        y = ops.exp(leaf(0.0) * Tensor(place(7.0))) + Tensor(place(1.0))
         y.backward()
     assert told == [
         ("operands", "Mul", [0.0, 7.0]),
@@ -297,6 +307,7 @@ def test_a_watcher_is_told_of_each_op_its_operands_and_its_result_in_order() -> 
     ]
 
 
+@on_both
 def test_others_read_the_result_that_the_watcher_answers() -> None:
     x = leaf(3.0)
     with watched(Answering(result=lambda _node, y: y + 100.0)):
@@ -305,6 +316,7 @@ def test_others_read_the_result_that_the_watcher_answers() -> None:
     assert (y.item(), z.item()) == (109.0, 109.0**2 + 100.0)
 
 
+@on_both
 def test_gradients_go_on_as_the_watcher_answers_and_come_to_it_whole() -> None:
     seen: list[float] = []
 
@@ -321,6 +333,7 @@ def test_gradients_go_on_as_the_watcher_answers_and_come_to_it_whole() -> None:
     assert gradients_of(x) == [10.0 * 20.0 * 4.0]
 
 
+@on_both
 def test_the_forward_pass_may_be_unwatched_and_the_backward_pass_watched_and_the_reverse() -> None:
     x = leaf(2.0)
     with watched(Answering(gradient=lambda _node, dy: dy * 10.0)):
@@ -329,6 +342,7 @@ def test_the_forward_pass_may_be_unwatched_and_the_backward_pass_watched_and_the
     assert gradients_of(x) == [4.0]
 
 
+@on_both
 def test_code_goes_on_with_the_tensor_that_the_watcher_answers_to_a_name() -> None:
     model, (tokens, _) = lively_model("llama"), batch()
     seen: dict[str, Array] = {}
@@ -341,15 +355,16 @@ def test_code_goes_on_with_the_tensor_that_the_watcher_answers_to_a_name() -> No
         return x
 
     with watched(Answering(named=zeroed)):
-        without = model(tokens).data
+        without = host(model(tokens).data)
     for name, weight in model.state_dict().items():
         if name.endswith("o_proj.weight"):
             weight[...] = 0.0
     with watched(Answering(named=unchanged)):
-        assert np.array_equal(model(tokens).data, without)
+        assert np.array_equal(host(model(tokens).data), without)
     assert "context" in seen and seen["context"].any()
 
 
+@on_both
 def test_tokens_go_to_the_experts_that_the_watcher_answers() -> None:
     model, (tokens, _) = lively_model("moe"), batch()
     routings: list[Routing] = []
@@ -362,6 +377,7 @@ def test_tokens_go_to_the_experts_that_the_watcher_answers() -> None:
     assert [routing.assigned.tolist() for routing in routings] == [[0, 0, tokens.size, tokens.size]] * 2
 
 
+@on_both
 def test_parts_tell_their_place_and_how_many_there_are() -> None:
     model, (tokens, _) = lively_model("mamba2"), batch()
     parts: list[Part] = []
