@@ -305,10 +305,11 @@ def test_rope_from_a_start_equals_the_tail_of_the_whole_to_the_bit() -> None:
     np.testing.assert_array_equal(turn(x[:, 4:], start=4), turn(x)[:, 4:])
 
 
+@on_both
 @pytest.mark.parametrize("width", [1, 3, 5])
 def test_rope_refuses_an_odd_width(width: int) -> None:
-    with pytest.raises(ValueError):
-        turn(np.ones((1, 2, 1, width)))
+    with pytest.raises(ValueError, match=f"a width of {width} is odd"):
+        rope(tensor(np.ones((1, 2, 1, width))), 10.0)
 
 
 @on_both

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import devices
+import numpy as np
 import pytest
 
 from oxidizr_ref.config import Config, ModelConfig, TrainerConfig, load_config
 from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.transfers import Reading
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.append(str(REPOSITORY / "docs" / "scripts"))
@@ -215,19 +217,19 @@ def test_operations_of_a_llama_are_six_a_weight_and_attention_over_half_of_the_t
     assert operations(intermediate_size=12, tie_word_embeddings=True) == 6 * weights + attention
 
 
-def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets_and_mambas_have_no_attention() -> None:
+def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets() -> None:
     dense, sparse = operations(intermediate_size=12), operations(intermediate_size=12, num_experts=4, experts_per_tok=2)
     assert sparse - dense == 6 * 2 * (3 * 96 + 8 * 4)  # in each layer a second expert, and the router
-    latent = {"kv_latent_dim": 4, "q_latent_dim": 4, "d_rope": 2}
-    # w_dkv, w_dq: 8 × 4; w_uq, w_uk, w_uv: 4 × 8; w_qr: 4 or 8 × 4 (from what the layer says); keys are 2 wider.
-    model = LanguageModel(
-        ModelConfig(hidden_size=8, num_layers=2, num_heads=2, vocab_size=10, max_seq_len=6, intermediate_size=12, **latent)
-    )
-    met = model.num_parameters() - 80
-    assert operations(intermediate_size=12, **latent) == 6 * met + 2 * (3 * 6 * 2 * (4 + 2 + 4))
-    alone = {"num_layers": 1, "mamba_layers": [0], "mamba_d_state": 4}
-    mamba = LanguageModel(ModelConfig(hidden_size=8, num_heads=2, vocab_size=10, max_seq_len=6, **alone))
-    assert operations(**alone) == 6 * (mamba.num_parameters() - 80)
+
+
+def test_operations_of_latent_attention_have_wider_keys_than_values_and_a_mamba_has_none_of_attention() -> None:
+    latents = {"kv_latent_dim": 4, "q_latent_dim": 4, "d_rope": 2}
+    # w_dkv, w_dq, w_qr: 8 × 4; w_uq, w_uk, w_uv: 4 × 8; w_kr: 8 × 2; o: 8 × 8; feed-forward, norms; then the rest.
+    weights = 2 * (6 * 32 + 16 + 64 + 3 * 96 + 16) + 8 + 80
+    assert operations(intermediate_size=12, **latents) == 6 * weights + 2 * (3 * 2 * ((4 + 2) + 4) * 2 * 3)
+    # in: 32 × 8; convolution: 16 of 4 and a bias; x: 9 × 16; dt: 16 × 1 and a bias; A: 16 × 4; D; out: 8 × 16; two norms.
+    weights = 256 + 80 + 144 + 32 + 64 + 16 + 128 + 8 + 8 + 80
+    assert operations(num_layers=1, mamba_layers=[0], mamba_d_state=4) == 6 * weights
 
 
 def test_the_llama_of_350_million_parameters_has_as_many_as_its_file_says() -> None:
@@ -283,16 +285,10 @@ def test_arrays_fetched_are_counted_once_each_and_copies_that_nobody_waits_for_a
         assert float(x) == x.item() == x.get() == 3.0
     assert count == {"fetched": 3, "events": 0}
     with cuda_peers.counted_waits() as count:
-        reading = cuda_peers_reading(x)
+        reading = Reading([x])
         assert count == {"fetched": 0, "events": 0}
         assert reading.numbers() == [3.0]
     assert count == {"fetched": 0, "events": 1}
-
-
-def cuda_peers_reading(x: Any) -> Any:
-    from oxidizr_ref.transfers import Reading
-
-    return Reading([x])
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -332,7 +328,7 @@ def test_the_twin_trains_as_on_the_cpu_and_a_turn_is_timed(
     in_float32 = load_config("tiny-hybrid")
     weights = LanguageModel(in_float32.model, 0).state_dict()
     twin, plain = cuda_peers.EagerOnDevice(config, weights), Eager(in_float32, weights)
-    ids = __import__("numpy").random.default_rng(0).integers(0, 260, (2, 8, 33))
+    ids = np.random.default_rng(0).integers(0, 260, (2, 8, 33))
     batches = [(one[:, :-1].copy(), one[:, 1:].copy()) for one in ids]
     twin.begin()
     plain.begin()

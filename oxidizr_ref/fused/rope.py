@@ -114,5 +114,10 @@ __global__ void rope(const T* x, const T* cosines, const T* sines, T* y,
 
 @fused(rope_ref)
 def rope(x: Tensor, theta: float, start: int = 0) -> Tensor:
-    """Turn x ``[batch, time, heads, width]`` by its positions, which begin at ``start``. Returns the same shape."""
+    """Turn x ``[batch, time, heads, width]`` by its positions, which begin at ``start``. Returns the same shape.
+
+    Raises ValueError for an odd width.
+    """
+    if x.shape[-1] % 2:  # a kernel would not notice
+        raise ValueError(f"rope turns pairs of channels; a width of {x.shape[-1]} is odd")
     return RoPE.apply(x, theta=theta, start=start)
