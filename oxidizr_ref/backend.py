@@ -73,6 +73,11 @@ def compute_dtype(storage: Any) -> np.dtype[Any]:
     return STORAGE_DTYPES["f64"] if np.dtype(storage) == np.float64 else STORAGE_DTYPES["f32"]
 
 
+def slot_dtype(storage: Any, optimizer_dtype: str) -> np.dtype[Any]:
+    """The dtype of the optimizer's slots (``trainer.optimizer_dtype``): bf16 where it says so, else the compute dtype."""
+    return STORAGE_DTYPES["bf16"] if optimizer_dtype == "bf16" else compute_dtype(storage)
+
+
 def to_compute(x: Array) -> Array:
     """``x`` in its compute dtype; ``x`` itself where it already is, and where it holds integers or booleans."""
     if x.dtype in _COMPUTED_IN or x.dtype.kind in "iub":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype
+from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype, slot_dtype
 from oxidizr_ref.config import Config, ModelConfig
 from oxidizr_ref.errors import TrainingError
 from oxidizr_ref.fused.attention import DEVICE_QUERY_BLOCK, DEVICE_SCORES
@@ -239,7 +239,7 @@ def model_parts(config: Config) -> list[Part]:
     m, batch = config.model, config.trainer.batch_size
     storage = STORAGE_DTYPES[m.dtype]
     compute = compute_dtype(storage).itemsize
-    moment = STORAGE_DTYPES["bf16"].itemsize if config.trainer.optimizer_dtype == "bf16" else compute
+    moment = slot_dtype(storage, config.trainer.optimizer_dtype).itemsize
 
     def part(layer: int | None, kind: str, parameters: int, idle: int = 0) -> Part:
         kept = _KEPT[kind](m, batch, m.max_seq_len)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from oxidizr_ref.autograd import Tensor, no_grad
 from oxidizr_ref.backend import STORAGE_DTYPES, Array
 from oxidizr_ref.config import ModelConfig
@@ -23,7 +21,7 @@ from oxidizr_ref.layers.feed_forward import MixtureOfExperts, Routing, SwiGLU
 from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
 from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
 from oxidizr_ref.layers.mamba3 import Mamba3, Mamba3Cache
-from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, checked_ids
+from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, checked_ids, host_ids
 from oxidizr_ref.watch import named
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
@@ -136,7 +134,7 @@ class LanguageModel(Module):
 
     def __call__(self, tokens: Array) -> Tensor:
         """The logits of the next token at every position. tokens: int ``[B,T]``. Returns ``[B,T,V]``."""
-        return named("logits", linear(self.hidden(_array(tokens)), self._output_weight()))
+        return named("logits", linear(self.hidden(host_ids(tokens)), self._output_weight()))
 
     def loss(
         self,
@@ -156,7 +154,7 @@ class LanguageModel(Module):
 
         Raises DataError for targets of another shape than the tokens, or outside the vocabulary.
         """
-        tokens, targets = _array(tokens), _array(targets)
+        tokens, targets = host_ids(tokens), host_ids(targets)
         if targets.shape != tokens.shape:
             raise DataError(f"targets have shape {list(targets.shape)}, but the tokens {list(tokens.shape)}")
         targets = checked_ids(targets, self.config.vocab_size, "target")
@@ -181,7 +179,7 @@ class LanguageModel(Module):
         token. tokens: int ``[B]``. ``cache`` moves on. Attention sees the last ``max_seq_len`` tokens.
         """
         with no_grad():
-            h = self.embed_tokens(_array(tokens)[:, None])
+            h = self.embed_tokens(host_ids(tokens)[:, None])
             for layer, past in zip(self.layers, cache, strict=True):
                 h = layer.step(h, past)
             logits = linear(self.norm(h), self._output_weight())
@@ -189,7 +187,3 @@ class LanguageModel(Module):
 
     def _output_weight(self) -> Tensor:
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
-
-def _array(ids: Any) -> Array:
-    return ids if hasattr(ids, "dtype") else np.asarray(ids)

@@ -149,13 +149,17 @@ class Linear(Module):
         return named("output", linear(x, self.weight))
 
 
-def checked_ids(ids: Any, vocab_size: int, what: str) -> np.ndarray[Any, Any]:
-    """``ids`` (an array anywhere, or lists) as an int array on the host.
+def host_ids(ids: Any) -> np.ndarray[Any, Any]:
+    """``ids`` (an array anywhere, or lists) as an array on the host."""
+    return to_host(ids) if hasattr(ids, "dtype") else np.asarray(ids)
 
-    Raises DataError naming an id outside [0, vocab_size). Nothing else checks them: a device would silently read something
-    else instead.
+
+def checked_ids(ids: Any, vocab_size: int, what: str) -> np.ndarray[Any, Any]:
+    """`host_ids`, checked. Raises DataError naming an id outside [0, vocab_size).
+
+    Nothing else checks them: a device would silently read something else instead.
     """
-    checked = to_host(ids) if hasattr(ids, "dtype") else np.asarray(ids)
+    checked = host_ids(ids)
     if checked.size and not (0 <= checked.min() and checked.max() < vocab_size):
         worst = int(checked.min()) if checked.min() < 0 else int(checked.max())
         raise DataError(f"{what} id {worst} is outside the vocabulary of {vocab_size} (ids 0 to {vocab_size - 1})")

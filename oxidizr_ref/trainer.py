@@ -21,7 +21,7 @@ import numpy as np
 
 from oxidizr_ref import optim, parallel
 from oxidizr_ref.autograd import no_grad
-from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, device_of, xp_of
+from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, device_of, slot_dtype, xp_of
 from oxidizr_ref.checkpoint import state
 from oxidizr_ref.checkpoint.format import load, predict_size
 from oxidizr_ref.checkpoint.saver import Saver
@@ -67,8 +67,8 @@ class Trainer:
         self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
         self._parameters = dict(model.named_parameters())
         self.device = device_of(next(iter(self._parameters.values())).data)
-        slot_dtype = STORAGE_DTYPES["bf16"] if t.optimizer_dtype == "bf16" else None
-        self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed, slot_dtype)
+        slots = slot_dtype(STORAGE_DTYPES[config.model.dtype], t.optimizer_dtype)
+        self.optimizer = AdamW(model.state_dict(), t.learning_rate, t.betas, t.eps, t.weight_decay, t.seed, slots)
         self.loss_scale = LossScale() if self.device == "gpu" and config.model.dtype == "f16" else None
         self.store = CheckpointStore(Path(t.checkpoint_dir), Retention(t.max_checkpoints, t.keep_every, t.keep_best))
         self.saver = Saver(self.store, background=t.async_save)

@@ -117,7 +117,6 @@ HOST_CALLS = {
         "prod": "a product of lengths of axes",
         "asarray": "tokens given as a list",
     },
-    "model.py": {"asarray": "tokens given as a list"},
     "layers/feed_forward.py": {
         "argsort": "who goes where is decided on the host, from the logits sent there",
         "bincount": "how many tokens each expert gets decides on the host what runs",

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype
+from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype, slot_dtype
 from oxidizr_ref.checkpoint.header import plan
 from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.config import Config, ModelConfig, canonical_json
@@ -104,7 +104,7 @@ def _file_size(config: Config) -> int | None:
     shapes = {name: p.full_shape for name, p in LanguageModel(config.model, seed=None).named_parameters()}
     slots = {f"optimizer.{slot}.{name}": shape for slot in AdamW.SLOTS for name, shape in shapes.items()}
     specs = {name: (storage, shape) for name, shape in shapes.items()}
-    moments = STORAGE_DTYPES["bf16"] if config.trainer.optimizer_dtype == "bf16" else compute_dtype(storage)
+    moments = slot_dtype(storage, config.trainer.optimizer_dtype)
     specs |= {name: (moments, shape) for name, shape in slots.items()}
     try:
         return plan(specs, {"config": canonical_json(config.canonical())}).file_size
