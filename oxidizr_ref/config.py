@@ -42,6 +42,7 @@ __all__ = [
     "canonical_json",
     "config_differences",
     "load_config",
+    "with_younger_keys",
 ]
 
 _SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "trainer": TrainerConfig, "data": DataConfig}
@@ -73,6 +74,7 @@ class Config(Section):
 
     _source: Path | None = PrivateAttr(default=None)
     _data_root: Path = PrivateAttr(default=Path())
+    _tokenizer_root: Path = PrivateAttr(default=Path())
 
     @property
     def source(self) -> Path | None:
@@ -86,6 +88,11 @@ class Config(Section):
         """
         return [] if self.data.is_random else [self._data_root / path for path in self.data.path]
 
+    def tokenizer_name(self) -> str:
+        """`data.tokenizer`; the path of a ``.json`` as it is from the current directory."""
+        name = self.data.tokenizer
+        return str(self._tokenizer_root / name) if name.endswith(".json") else name
+
     def canonical(self, device: str = "cpu") -> dict[str, Any]:
         """What determines the bits of a checkpoint, as JSON-able data: all defaults filled, no paths, no names.
 
@@ -97,14 +104,14 @@ class Config(Section):
             del trainer["max_steps"], trainer["num_epochs"]
         elif self.trainer.max_steps:
             del trainer["num_epochs"]  # max_steps wins
-        if self.trainer.optimizer_dtype == "f32":
-            del trainer["optimizer_dtype"]  # younger than the format: without it, files have the bytes they always had
-        return {
-            "data": self.data.model_dump(mode="json", exclude={"path"}),
-            "device": device,
-            "model": self.model.model_dump(mode="json", exclude={"name"}),
-            "trainer": trainer,
-        }
+        data = self.data.model_dump(mode="json", exclude={"path"})
+        if data["tokenizer"].endswith(".json"):
+            data["tokenizer"] = "tokenizer.json"  # no paths; which one it is, the tokenizer's digest says
+        model = self.model.model_dump(mode="json", exclude={"name"})
+        sections = {"data": data, "model": model, "trainer": trainer}
+        for name, keys in _younger_keys(model).items():
+            sections[name] = {k: v for k, v in sections[name].items() if k not in keys or v != keys[k]}
+        return {"device": device, **sections}
 
     def digest(self, device: str = "cpu") -> str:
         """SHA-256 of the canonical JSON, in hexadecimal."""
@@ -126,6 +133,24 @@ class Config(Section):
         document = Document(data, {(): Place("the checkpoint's config", 0)})
         _apply_overrides(document, overrides, flags)
         return _validated(document)
+
+
+def with_younger_keys(canonical: Mapping[str, Any]) -> dict[str, Any]:
+    """A canonical config with the keys that are left out of it while they say what files without them did."""
+    keys = _younger_keys(canonical["model"])
+    return {name: {**keys[name], **part} if name in keys else part for name, part in canonical.items()}
+
+
+def _younger_keys(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Keys that are younger than the checkpoint format, with what files without them did.
+
+    A canonical config leaves them out while they say that, so that such files keep the bytes they always had.
+    """
+    return {
+        "data": {"loss_on": "all", "document_boundaries": "ignore"},
+        "model": {"mla_q_rope_from": "hidden", "norm_topk_prob": model.get("experts_per_tok", 2) > 1},
+        "trainer": {"optimizer_dtype": "f32"},
+    }
 
 
 def canonical_json(value: Any) -> str:
@@ -176,6 +201,7 @@ def load_config(
     config = _validated(document)
     config._source = path
     config._data_root = Path() if "data.path" in overridden else path.parent
+    config._tokenizer_root = Path() if "data.tokenizer" in overridden else path.parent
     return config
 
 

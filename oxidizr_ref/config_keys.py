@@ -98,14 +98,16 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = False
     dtype: Annotated[Literal["f32", "f16", "bf16", "f64"], BeforeValidator(_one_dtype_name)] = "f32"
 
-    # Multi-head latent attention, in place of GQA: all three or none.
+    # Multi-head latent attention, in place of GQA: kv_latent_dim and d_rope select it.
     kv_latent_dim: Count = 0
-    q_latent_dim: Count = 0
+    q_latent_dim: Count = 0  # 0: queries are read from the hidden state, without a latent
     d_rope: Count = 0
-    mla_latent_norm: bool = False  # DeepSeek normalizes both latents, oxidizr does not
+    mla_latent_norm: bool = False  # DeepSeek normalizes the latents, oxidizr does not
+    mla_q_rope_from: Literal["hidden", "latent"] = "hidden"  # the rotated part of queries; DeepSeek reads its latent
     # Mixture of experts, in place of SwiGLU.
     num_experts: Count = 0
     experts_per_tok: Size = 2
+    norm_topk_prob: bool = True  # filled: whether experts_per_tok > 1; weights of a token's experts sum to 1
     shared_expert_enabled: bool = False
     # Mamba, in place of attention and feed-forward, in these layers (counted from 0).
     mamba_layers: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), AfterValidator(_in_order)] = ()
@@ -213,6 +215,8 @@ class DataConfig(Section):
 
     path: Annotated[tuple[Text, ...], BeforeValidator(_as_paths), AfterValidator(_usable_paths)] = ()
     tokenizer: Text = "byte"
+    loss_on: Literal["all", "responses"] = "all"  # the tokens that are learned, where data have prompts
+    document_boundaries: Literal["ignore", "reset"] = "ignore"  # reset: no layer sees past the start of a document
 
     @property
     def is_random(self) -> bool:
@@ -256,7 +260,7 @@ def _filled(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(layers, list | tuple) and "num_layers" in size and len(layers) == size["num_layers"]:
         data = {"num_heads": 1, **data}  # pure Mamba: oxidizr's guide leaves num_heads out of its example
         size.setdefault("num_heads", 1)
-    filled: dict[str, Any] = {}
+    filled: dict[str, Any] = {"norm_topk_prob": size.get("experts_per_tok", 2) > 1}
     if "num_heads" in size:
         filled["kv_heads"] = size["num_heads"]
     if "hidden_size" in size:
@@ -284,7 +288,7 @@ def _violations(m: ModelConfig) -> Iterator[Violation]:
 
 
 def _attention_violations(m: ModelConfig, layers: tuple[str, ...]) -> Iterator[Violation]:
-    mla = ("kv_latent_dim", "q_latent_dim", "d_rope")
+    mla, needed = ("kv_latent_dim", "q_latent_dim", "d_rope"), ("kv_latent_dim", "d_rope")
     present = tuple(key for key in mla if getattr(m, key))
     if m.hidden_size % m.num_heads:
         what = f"hidden_size {m.hidden_size} is not divisible by num_heads {m.num_heads}"
@@ -295,10 +299,13 @@ def _attention_violations(m: ModelConfig, layers: tuple[str, ...]) -> Iterator[V
     if not present and m.num_heads % m.kv_heads:
         what = f"num_heads {m.num_heads} is not divisible by kv_heads {m.kv_heads}"
         yield Violation(("kv_heads", "num_heads", *mla, *layers), what)
-    if present and len(present) < len(mla):
-        absent = ", ".join(key for key in mla if key not in present)
-        what = f"MLA needs kv_latent_dim, q_latent_dim and d_rope together; missing: {absent}"
+    if present and not set(needed) <= set(present):
+        absent = ", ".join(key for key in needed if key not in present)
+        what = f"MLA needs kv_latent_dim and d_rope together; missing: {absent}"
         yield Violation((*present, *mla, *layers), what)
+    elif present and m.mla_q_rope_from == "latent" and not m.q_latent_dim:
+        what = "expected hidden: without q_latent_dim there is no latent of queries"
+        yield Violation(("mla_q_rope_from", *mla, *layers), what)
     if m.d_rope % 2:
         yield Violation(("d_rope", *layers), f"RoPE rotates pairs, so it must be even; found {m.d_rope}")
     if m.uses_moe and m.experts_per_tok > m.num_experts:

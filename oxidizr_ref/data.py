@@ -11,40 +11,45 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import threading
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self, TypeAlias
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oxidizr_ref import data_facts, parallel, rng
-from oxidizr_ref.config import Config
+from oxidizr_ref.config import Config, DataConfig
 from oxidizr_ref.data_facts import Facts
+from oxidizr_ref.data_marks import IGNORED, Marks, marks_of_file, marks_of_one_document, marks_of_text
 from oxidizr_ref.errors import DataError
-from oxidizr_ref.tokenizers import Tokenizer, get_tokenizer
+from oxidizr_ref.token_files import read_meta
+from oxidizr_ref.tokenizers import Tokenizer, get_tokenizer, tokenizer_from_state
 
 RANDOM = "random"  # the path that stands for random tokens; ./random is a file of that name
 RANDOM_TOKENS = 262_144
 
 _CHUNK_TOKENS = 4 * 2**20 // 4  # 4 MiB of u32: the unit that is hashed and scanned; part of the digest's definition
-_CLOSE_SECONDS = 0.5  # a read that hangs on a dead disk must not keep the program from ending
 
-Batch: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+class Batch(NamedTuple):
+    """Windows: tokens and targets, int64 ``[B,T]``; bool ``[B,T]`` where documents begin, None when nobody asks."""
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    begins: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tokens uint32 ``[n]`` and the name (usually the file) that error messages give them."""
+    """Tokens uint32 ``[n]`` and the name (usually the file) that error messages give them; what is marked in them."""
 
     name: str
     tokens: NDArray[np.uint32]
+    marks: Marks = field(default_factory=Marks, compare=False)
 
 
 class TokenStream:
@@ -68,17 +73,28 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens ``start … stop-1``, uint32 ``[stop - start]``: a view where one source holds them all, else a copy."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
-        pieces = []
-        index = bisect_right(self._begins, start) - 1
-        while index < len(self.sources) and self._begins[index] < stop:
-            begin = self._begins[index]
-            pieces.append(self.sources[index].tokens[max(start - begin, 0) : stop - begin])
-            index += 1
+        pieces = [source.tokens[low:high] for source, low, high in self._pieces(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint32)
+
+    def begins(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """At which of the tokens ``start … stop-1`` a document begins, bool ``[stop - start]``."""
+        return np.concatenate([source.marks.begins(low, high) for source, low, high in self._pieces(start, stop)])
+
+    def learned(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the tokens ``start … stop-1`` belong to responses, bool ``[stop - start]``."""
+        return np.concatenate([source.marks.learned(low, high) for source, low, high in self._pieces(start, stop)])
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
+        """The sources of the tokens ``start … stop-1``, and from where to where each has them."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
+        index = bisect_right(self._begins, start) - 1
+        while index < len(self.sources) and self._begins[index] < stop:
+            source, begin = self.sources[index], self._begins[index]
+            yield source, max(start - begin, 0), min(stop - begin, source.tokens.size)
+            index += 1
 
     def facts(self) -> Facts:
         """The digest, and the largest token id (-1: no token). Reads the whole stream once.
@@ -99,8 +115,11 @@ class TokenStream:
         parallel.for_each(len(chunks), read_chunk)
         return Facts(hashlib.sha256(b"".join(digests)).hexdigest(), max(largest, default=-1))
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise DataError naming the first token id that is not below ``vocab_size``. Reads the whole stream once."""
+    def check_vocabulary(self, vocab_size: int, needed: int | None = None) -> None:
+        """Raise DataError naming the first token id that is not below ``vocab_size``. Reads the whole stream once.
+
+        needed: a vocabulary that would be large enough, for the message.
+        """
         for source, begin in zip(self.sources, self._begins, strict=False):  # _begins has the stream's end as well
             for low in range(0, source.tokens.size, _CHUNK_TOKENS):
                 chunk = source.tokens[low : low + _CHUNK_TOKENS]
@@ -108,8 +127,9 @@ class TokenStream:
                     first = int(np.argmax(chunk >= vocab_size))
                     place = f"token id {chunk[first]} at position {begin + low + first} of the stream"
                     raise DataError(
-                        f"{source.name}: {place} is not below the vocabulary size {vocab_size}; raise model.vocab_size, "
-                        "or use data made with the model's own tokenizer"
+                        f"{source.name}: {place} is not below the vocabulary size {vocab_size}; raise model.vocab_size"
+                        f"{'' if needed is None else f' (--set model.vocab_size={needed})'}, or use data made with the "
+                        "model's own tokenizer"
                     )
 
 
@@ -119,27 +139,57 @@ def bundled_corpus() -> Path:
 
 
 def open_stream(
-    paths: Sequence[str | Path], tokenizer_name: str, *, vocab_size: int, seed: int
+    paths: Sequence[str | Path], tokenizer: str | Tokenizer, *, vocab_size: int, seed: int
 ) -> tuple[TokenStream, Tokenizer]:
     """Open files as one stream, in the order given, with the tokenizer that reads (or is to read) their text.
 
     A path ending in ``.bin`` holds raw little-endian u32 tokens and is memory-mapped; the path ``random`` stands for
     262,144 uniform random tokens below ``vocab_size``, a function of ``seed``; any other file is UTF-8 text and is
-    tokenized. No path at all means the bundled corpus. ``char`` takes its vocabulary from all texts together.
+    tokenized. No path at all means the bundled corpus. ``char`` takes its vocabulary from all texts together. Where all
+    is tokens and the files beside them name a tokenizer, that one counts rather than a name given here.
 
-    Raises DataError for a file that is missing, unreadable, empty or malformed, for an unknown tokenizer, and for
-    ``char`` without any text. Token ids are not looked at: call ``check_vocabulary`` before training.
+    Raises DataError for a file that is missing, unreadable, empty or malformed, for an unknown tokenizer or another one
+    than the tokens were made with, and for ``char`` without any text. Token ids are not looked at: call
+    ``check_vocabulary`` before training.
     """
     loaded = [_load(Path(path), vocab_size, seed) for path in paths or [bundled_corpus()]]
     texts = [content for _, content in loaded if isinstance(content, str)]
-    if tokenizer_name == "char" and not texts:
+    token_files = [name for name, content in loaded if not isinstance(content, str) and name != RANDOM]
+    made_with = _made_with([Path(name) for name in token_files])
+    if isinstance(tokenizer, str):
+        tokenizer = made_with if made_with is not None and not texts else _tokenizer_called(tokenizer, loaded, texts)
+    if made_with is not None and made_with.state() != tokenizer.state():
+        raise DataError(
+            f"{token_files[0]}: was made with another tokenizer ({made_with.name}) than the one in use ({tokenizer.name}); "
+            f"set data.tokenizer to the former, or make the file anew with `oxidizr-ref prepare --tokenizer`"
+        )
+    return TokenStream([_source(name, content, tokenizer) for name, content in loaded]), tokenizer
+
+
+def _tokenizer_called(name: str, loaded: Sequence[tuple[str, Any]], texts: Sequence[str]) -> Tokenizer:
+    if name == "char" and not texts:
         raise DataError(
             f"{', '.join(name for name, _ in loaded)}: holds tokens, and the char tokenizer takes its vocabulary from "
             "text; give the text itself, or use data.tokenizer: byte"
         )
-    tokenizer = get_tokenizer(tokenizer_name, "".join(texts) if tokenizer_name == "char" else None)
-    sources = [Source(name, tokenizer.encode(content) if isinstance(content, str) else content) for name, content in loaded]
-    return TokenStream(sources), tokenizer
+    return get_tokenizer(name, "".join(texts) if name == "char" else None)
+
+
+def _made_with(paths: Sequence[Path]) -> Tokenizer | None:
+    """The tokenizer of token files, as the files beside them tell; None when one of them does not."""
+    metas = [read_meta(path) for path in paths]
+    states = [None if meta is None else dict(meta.tokenizer) for meta in metas]
+    for path, state in zip(paths, states, strict=True):
+        if None not in states and state != states[0]:
+            raise DataError(f"{paths[0]} and {path} were made with different tokenizers; prepare both with one")
+    return None if not states or states[0] is None or None in states else tokenizer_from_state(states[0])
+
+
+def _source(name: str, content: str | NDArray[np.uint32], tokenizer: Tokenizer) -> Source:
+    if isinstance(content, str):
+        tokens = tokenizer.encode(content)
+        return Source(name, tokens, marks_of_text(name, tokens, tokenizer.end_of_text))
+    return Source(name, content, marks_of_one_document(name) if name == RANDOM else marks_of_file(Path(name)))
 
 
 def _load(path: Path, vocab_size: int, seed: int) -> tuple[str, str | NDArray[np.uint32]]:
@@ -204,17 +254,25 @@ class Windows:
     """The windows of a stream, and the order in which training reads them.
 
     ``seq_len`` in tokens; ``eval_fraction`` in [0, 1), the part of the stream held out at its end; without ``shuffle``
-    every epoch reads the windows in stream order. Raises DataError if a part is shorter than one window.
+    every epoch reads the windows in stream order; ``use`` says what of the stream's marks is told in the batches. Raises
+    DataError if a part is shorter than one window.
     """
 
     def __init__(
-        self, stream: TokenStream, seq_len: int, eval_fraction: float = 0.0, seed: int = 0, shuffle: bool = True
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        eval_fraction: float = 0.0,
+        seed: int = 0,
+        shuffle: bool = True,
+        use: DataConfig = DataConfig(),  # noqa: B008 - immutable
     ) -> None:
         if seq_len < 1 or not 0.0 <= eval_fraction < 1.0:
             raise ValueError(f"seq_len {seq_len} must be at least 1 and eval_fraction {eval_fraction} in [0, 1)")
         self._stream = stream
         self._seed = seed
         self._shuffle = shuffle
+        self._only_responses, self._apart = use.loss_on == "responses", use.document_boundaries == "reset"
         self.seq_len = seq_len
         held_out = int(len(stream) * eval_fraction)
         self._split = len(stream) - held_out
@@ -273,78 +331,11 @@ class Windows:
             window = self._stream.read(begin, begin + self.seq_len + 1)
             tokens[row] = window[:-1]
             targets[row] = window[1:]
-        return tokens, targets
-
-
-class BatchLoader:
-    """Iterates over ``windows.batch`` from ``cursor`` on, without end; with ``prefetch`` > 0 a thread reads ahead.
-
-    What is seen is the same for every ``prefetch``. ``cursor`` counts the windows handed out, not those read ahead. An
-    error met while reading ahead is raised when its batch is asked for. Close it, or use it in a ``with`` statement.
-    """
-
-    def __init__(self, windows: Windows, cursor: int, batch_size: int, prefetch: int = 0) -> None:
-        if batch_size < 1 or prefetch < 0:
-            raise ValueError(f"batch_size {batch_size} must be at least 1 and prefetch {prefetch} at least 0")
-        self.cursor = cursor
-        self._windows = windows
-        self._batch_size = batch_size
-        self._prefetch = prefetch
-        self._ready: deque[Batch | BaseException] = deque()
-        self._changed = threading.Condition()  # guards _ready and _closed
-        self._closed = False
-        self._thread = threading.Thread(target=self._read_ahead, args=(cursor,), name="prefetch", daemon=True)
-        if prefetch:
-            self._thread.start()
-
-    def _read_ahead(self, cursor: int) -> None:
-        while True:
-            item: Batch | BaseException
-            try:
-                item = self._windows.batch(cursor, self._batch_size)
-            except BaseException as error:  # whatever it is, it belongs to the consumer
-                item = error
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or len(self._ready) < self._prefetch)
-                if self._closed:
-                    return
-                self._ready.append(item)
-                self._changed.notify_all()
-            if isinstance(item, BaseException):
-                return
-            cursor += self._batch_size
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._ready or not self._prefetch)
-            if self._closed:
-                raise RuntimeError("this BatchLoader is closed")
-            item = self._ready[0] if self._prefetch else self._windows.batch(self.cursor, self._batch_size)
-            if isinstance(item, BaseException):
-                raise item  # it stays in front: asking again gets it again, as without prefetch
-            if self._prefetch:
-                self._ready.popleft()
-                self._changed.notify_all()
-            self.cursor += self._batch_size
-            return item
-
-    def close(self) -> None:
-        """Stop reading ahead and drop what was read; may be called again. A full queue does not hold it up."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        if self._prefetch:
-            self._thread.join(_CLOSE_SECONDS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+            if self._only_responses:
+                targets[row, ~self._stream.learned(begin + 1, begin + self.seq_len + 1)] = IGNORED
+        if not self._apart:
+            return Batch(tokens, targets)
+        return Batch(tokens, targets, np.stack([self._stream.begins(begin, begin + self.seq_len) for begin in begins]))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -352,23 +343,38 @@ class BatchLoader:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads: the tokens, their digest, the tokenizer that made them, and the windows they are cut into."""
+    """What a run reads: tokens, the tokenizer that made them, the windows they are cut into, and what identifies them."""
 
     stream: TokenStream
-    digest: str
     tokenizer: Tokenizer
     windows: Windows
+    identity: dict[str, Any]
 
 
-def open_data(config: Config) -> TrainingData:
-    """The data that a config names, checked against it. Raises DataError for what cannot be trained on."""
+def open_data(config: Config, tokenizer: Tokenizer | None = None) -> TrainingData:
+    """The data that a config names, checked against it, read with ``tokenizer`` (default: the config's).
+
+    Raises DataError for what cannot be trained on.
+    """
     m, t = config.model, config.trainer
     paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
-    stream, tokenizer = open_stream(paths, config.data.tokenizer, vocab_size=m.vocab_size, seed=t.seed)
+    stream, tokenizer = open_stream(paths, tokenizer or config.tokenizer_name(), vocab_size=m.vocab_size, seed=t.seed)
     if paths and all(Path(path).suffix == ".bin" for path in paths):  # large, and read here only to be known
         facts = data_facts.remembered([Path(path) for path in paths], stream.facts)
     else:
         facts = stream.facts()
     if facts.largest >= m.vocab_size:
-        stream.check_vocabulary(m.vocab_size)
-    return TrainingData(stream, facts.digest, tokenizer, Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle))
+        stream.check_vocabulary(m.vocab_size, max(tokenizer.vocab_size, facts.largest + 1))
+    identity = {"digest": facts.digest, "tokens": len(stream), **_digests_of_marks(stream, config.data)}
+    windows = Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle, config.data)
+    return TrainingData(stream, tokenizer, windows, identity)
+
+
+def _digests_of_marks(stream: TokenStream, use: DataConfig) -> dict[str, str]:
+    """SHA-256 of the marks that are used. Raises DataError where they are missing."""
+    used = {"documents": use.document_boundaries == "reset", "responses": use.loss_on == "responses"}
+    digests = {}
+    for what in (name for name, wanted in used.items() if wanted):
+        parts = [hashlib.sha256(source.marks.octets(what)).digest() for source in stream.sources]
+        digests[what] = hashlib.sha256(b"".join(parts)).hexdigest()
+    return digests

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from oxidizr_ref import ops
 from oxidizr_ref.autograd import Tensor, no_grad
 from oxidizr_ref.backend import STORAGE_DTYPES, Array
 from oxidizr_ref.config import ModelConfig
+from oxidizr_ref.data_marks import IGNORED
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.linear_cross_entropy import linear_cross_entropy
 from oxidizr_ref.layers.attention import GroupedQueryAttention, LatentAttention, TokenCache
+from oxidizr_ref.layers.documents import Documents, apart
 from oxidizr_ref.layers.feed_forward import MixtureOfExperts, Routing, SwiGLU
 from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
 from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
@@ -51,13 +56,18 @@ class AttentionLayer(Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, std, output_std)
 
-    def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:
+    def __call__(self, h: Tensor, routings: list[Routing], documents: Documents | None) -> Tensor:
         """h: ``[B,T,D]``. Returns the same shape; what the router did, if there is one, is added to ``routings``."""
-        return self._feed_forward(named("after_attention", h + self.self_attn(self.input_layernorm(h))), routings)
+        mixed = apart(self.self_attn, self.input_layernorm(h), documents)
+        return self._feed_forward(named("after_attention", h + mixed), routings)
 
     def new_cache(self, batch: int) -> TokenCache:
         """What decoding keeps of the past."""
         return self.self_attn.new_cache(batch)
+
+    def prefill(self, h: Tensor, cache: TokenCache) -> Tensor:
+        """The first tokens at once, filling a new cache. h: ``[B,T,D]``. Returns the same shape."""
+        return self._feed_forward(h + self.self_attn(self.input_layernorm(h), cache), [])
 
     def step(self, h: Tensor, cache: TokenCache) -> Tensor:
         """The next token. h: ``[B,1,D]``. Returns the same shape."""
@@ -85,13 +95,17 @@ class MambaLayer(Module):
         yield self.norm_name, self.norm
         yield self.mixer_name, self.mixer
 
-    def __call__(self, h: Tensor, routings: list[Routing]) -> Tensor:  # noqa: ARG002 - there is no router here
+    def __call__(self, h: Tensor, routings: list[Routing], documents: Documents | None) -> Tensor:  # noqa: ARG002 - no router
         """h: ``[B,T,D]``. Returns the same shape."""
-        return named("output", h + self.mixer(self.norm(h)))
+        return named("output", h + apart(self.mixer, self.norm(h), documents))
 
     def new_cache(self, batch: int) -> MambaCache:
         """What decoding keeps of the past."""
         return self.mixer.new_cache(batch)
+
+    def prefill(self, h: Tensor, cache: Any) -> Tensor:
+        """The first tokens at once, filling a new cache. h: ``[B,T,D]``. Returns the same shape."""
+        return h + self.mixer(self.norm(h), cache)
 
     def step(self, h: Tensor, cache: Any) -> Tensor:
         """The next token. h: ``[B,1,D]``. Returns the same shape."""
@@ -123,18 +137,28 @@ class LanguageModel(Module):
         if seed is not None:
             self.initialize(seed, STORAGE_DTYPES[config.dtype], device)
 
-    def hidden(self, tokens: Array, routings: list[Routing] | None = None) -> Tensor:
-        """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``; each router adds to ``routings``."""
+    def hidden(
+        self, tokens: Array, routings: list[Routing] | None = None, begins: np.ndarray[Any, Any] | None = None
+    ) -> Tensor:
+        """The last hidden states. tokens: int ``[B,T]``. Returns ``[B,T,D]``; each router adds to ``routings``.
+
+        begins: bool ``[B,T]``, where documents begin that are to be kept apart.
+        """
         if tokens.ndim != 2:
             raise DataError(f"tokens must have shape [batch, time], not {list(tokens.shape)}")
         h, routings = self.embed_tokens(tokens), [] if routings is None else routings
+        documents = None if begins is None else Documents(begins)
         for layer in self.layers:
-            h = layer(h, routings)
+            h = layer(h, routings, documents)
         return self.norm(h)
 
     def __call__(self, tokens: Array) -> Tensor:
         """The logits of the next token at every position. tokens: int ``[B,T]``. Returns ``[B,T,V]``."""
-        return named("logits", linear(self.hidden(host_ids(tokens)), self._output_weight()))
+        return named("logits", self.logits_of(self.hidden(host_ids(tokens))))
+
+    def logits_of(self, h: Tensor) -> Tensor:
+        """The logits of last hidden states, ``[...,D]`` to ``[...,V]``."""
+        return linear(h, self._output_weight())
 
     def loss(
         self,
@@ -143,36 +167,57 @@ class LanguageModel(Module):
         token_count: int | None = None,
         load_balance_alpha: float = 0.0,
         routings: list[Routing] | None = None,
+        begins: np.ndarray[Any, Any] | None = None,
     ) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens and divided by ``token_count`` (default: their number), plus
+        """Cross-entropy in nats, summed over the targets and divided by ``token_count`` (default: their number), plus
         ``load_balance_alpha`` times the balance loss: its mean over the mixtures of experts, weighted by the share of
-        ``token_count`` that these tokens are.
+        ``token_count`` that these targets are.
 
-        tokens, targets: int ``[B,T]``. With gradient accumulation ``token_count`` is the whole step's, so that the
-        micro-batches' losses and gradients simply add up. The full logits are never formed. What each router did is added to
-        ``routings``. Returns a scalar.
+        tokens, targets: int ``[B,T]``; a target of -100 is none. begins: as for `hidden`. With gradient accumulation
+        ``token_count`` is the whole step's, so that the micro-batches' losses and gradients simply add up. The full logits
+        are never formed. What each router did is added to ``routings``. Returns a scalar.
 
         Raises DataError for targets of another shape than the tokens, or outside the vocabulary.
         """
         tokens, targets = host_ids(tokens), host_ids(targets)
         if targets.shape != tokens.shape:
             raise DataError(f"targets have shape {list(targets.shape)}, but the tokens {list(tokens.shape)}")
-        targets = checked_ids(targets, self.config.vocab_size, "target")
-        count = float(tokens.size if token_count is None else token_count)
+        learned = np.flatnonzero(targets.reshape(-1) != IGNORED)
+        count = float(max(1, learned.size) if token_count is None else token_count)
         routings = [] if routings is None else routings
-        loss = linear_cross_entropy(self.hidden(tokens, routings), self._output_weight(), targets, count)
+        h = self.hidden(tokens, routings, begins)
+        if learned.size < targets.size:
+            h, targets = ops.lookup(h.reshape(-1, h.shape[2]), ids=learned[None]), targets.reshape(1, -1)[:, learned]
+        targets = checked_ids(targets, self.config.vocab_size, "target")
+        loss = linear_cross_entropy(h, self._output_weight(), targets, count)
         loss = named("cross_entropy", loss)
         if load_balance_alpha == 0.0 or not routings:
             return named("loss", loss)
         balance = routings[0].balance
         for routing in routings[1:]:
             balance = balance + routing.balance
-        share = float(tokens.size) / count
+        share = float(learned.size) / count
         return named("loss", loss + balance * (load_balance_alpha * share / len(routings)))
 
     def new_cache(self, batch: int) -> list[Any]:
         """What decoding keeps of the past, layer by layer, before the first token of ``batch`` sequences."""
         return [layer.new_cache(batch) for layer in self.layers]
+
+    def prefill(self, tokens: Array, cache: list[Any]) -> Tensor:
+        """The logits after the last of the first tokens of each sequence, ``[B,V]``, at the cost of a forward pass.
+
+        tokens: int ``[B,T]``, T ≥ 1. ``cache`` is a new one, and moves on behind them. Where there is attention, tokens
+        beyond ``max_seq_len`` are taken one by one, as by `step`.
+        """
+        tokens, seen = host_ids(tokens), self.config.max_seq_len if "attention" in self.config.layer_kinds else None
+        with no_grad():
+            h = self.embed_tokens(tokens[:, :seen])
+            for layer, past in zip(self.layers, cache, strict=True):
+                h = layer.prefill(h, past)
+            logits = self.logits_of(self.norm(h[:, -1:]))
+        for t in range(h.shape[1], tokens.shape[1]):
+            logits = self.step(tokens[:, t], cache)
+        return logits.reshape(len(tokens), -1)
 
     def step(self, tokens: Array, cache: list[Any]) -> Tensor:
         """The logits after one more token of each sequence, ``[B,V]``: those of the full forward pass, at the cost of one
@@ -182,7 +227,7 @@ class LanguageModel(Module):
             h = self.embed_tokens(host_ids(tokens)[:, None])
             for layer, past in zip(self.layers, cache, strict=True):
                 h = layer.step(h, past)
-            logits = linear(self.norm(h), self._output_weight())
+            logits = self.logits_of(self.norm(h))
             return logits.reshape(logits.shape[0], logits.shape[2])
 
     def _output_weight(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,16 +17,25 @@ Record: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class FirstWeights:
+    """What a fresh run starts with instead of its config's first weights: by name, from where, and with which lineage."""
+
+    weights: Mapping[str, Array]
+    what: str
+    lineage: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How a run is carried out. Nothing here but ``init_from`` changes a bit of a checkpoint.
 
-    resume: a path, ``auto``, or None for a fresh start. init_from: a checkpoint whose weights a fresh run starts with.
+    resume: a path, ``auto``, or None for a fresh start. init_from: another model's weights for a fresh run.
     time_limit: seconds, counted from ``began`` (of `time.monotonic`; None: when `fit` is called), within which the run saves
     and ends. See the command line's help for the others.
     """
 
     resume: str | None = None
-    init_from: Path | None = None
+    init_from: FirstWeights | None = None
     overwrite: bool = False
     allow_mismatch: frozenset[str] = frozenset()
     strict: bool = False

@@ -1,43 +1,86 @@
-"""Text from a model: one token after the other, drawn from its distribution."""
+"""The next token, drawn from a model's logits: penalties, temperature, and which tokens are drawn from at all."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oxidizr_ref import rng
-from oxidizr_ref.backend import to_host
-from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.errors import TrainingError, UsageError
 
 
-def sample_tokens(
-    model: LanguageModel,
-    prompt: NDArray[np.int64],
-    count: int,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
-    below: int | None = None,
-) -> NDArray[np.int64]:
-    """``count`` tokens that continue ``prompt`` (int64 ``[n]``, n ≥ 1). Returns int64 ``[count]``.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The settings act in this order, as in Hugging Face's ``generate``.
 
-    ``temperature`` divides the logits; 0 takes the most likely token. Only the ``top_k`` likeliest are drawn from,
-    and of ids only those ``below`` a number (a model may know more than its tokenizer). Attention sees the last
-    ``max_seq_len`` tokens. Equal arguments give equal tokens: draw i uses random number i of the seed.
+    repetition_penalty: divides positive logits of tokens that occurred, and multiplies negative ones (Keskar et al. 2019).
+    temperature: divides the logits; 0 takes the likeliest token. top_k: only so many of the likeliest (0: all).
+    top_p: of these, only the likeliest that together have this probability (Holtzman et al. 2020). min_p: only those at
+    least so probable, as a part of the likeliest one's probability (Nguyen et al. 2024). seed: equal seeds draw equal tokens.
     """
-    cache = model.new_cache(batch=1)
-    for token in prompt[:-1]:
-        model.step(np.array([token]), cache)
-    tokens = [int(prompt[-1])]
-    for draw in rng.uniform(seed, "sample", "token", 0, count):
-        logits = to_host(model.step(np.array(tokens[-1:]), cache).data)[0, :below].astype(np.float64)
-        tokens.append(_choose(logits, temperature, top_k, float(draw)))
-    return np.array(tokens[1:], dtype=np.int64)
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "seed": (0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
+        }
+        for name, (good, expected) in ranges.items():
+            if not good:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number {expected}")
 
 
-def _choose(logits: NDArray[np.float64], temperature: float, top_k: int, draw: float) -> int:
-    order = np.argsort(-logits, kind="stable")[:top_k]  # likeliest first, ties by lower id
-    if temperature == 0:
-        return int(order[0])
-    weights = np.exp((logits[order] - logits[order[0]]) / temperature)
-    return int(order[np.searchsorted(np.cumsum(weights), draw * weights.sum(), side="right").clip(max=len(order) - 1)])
+def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampling, draw: float) -> int:
+    """A token. logits: float64 ``[V]``; seen: the tokens so far; draw: a uniform number in [0, 1).
+
+    Equally likely tokens stand in the order of their ids. Raises TrainingError for logits that are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
+    if sampling.repetition_penalty != 1.0:
+        logits = logits.copy()
+        some = logits[seen]
+        logits[seen] = np.where(some > 0, some / sampling.repetition_penalty, some * sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    tokens = _likeliest(logits, sampling)
+    weights = np.exp((logits[tokens] - logits[tokens].max()) / sampling.temperature)
+    if sampling.top_p < 1:
+        shares = np.cumsum(weights) / weights.sum()
+        weights = weights[: 1 + np.searchsorted(shares, sampling.top_p)]
+    weights = np.where(weights >= sampling.min_p, weights, 0.0)  # the likeliest weighs 1
+    sums = np.cumsum(weights)
+    place = np.searchsorted(sums, draw * sums[-1], side="right").clip(max=len(weights) - 1)
+    return int(tokens[place])
+
+
+def _likeliest(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
+    """The tokens to draw from, the likeliest first; all of them in any order where the order says nothing."""
+    every = np.arange(logits.size)
+    if 0 < sampling.top_k < logits.size:
+        least = np.partition(logits, logits.size - sampling.top_k)[logits.size - sampling.top_k]
+        every = np.flatnonzero(logits >= least)
+    elif sampling.top_p == 1:
+        return every
+    order = every[np.argsort(-logits[every], kind="stable")]
+    return order[: sampling.top_k] if sampling.top_k else order
+
+
+def log_probability(logits: NDArray[np.float64], token: int) -> float:
+    """Of a token, in nats, by the model itself, before any setting acted. logits: float64 ``[V]``."""
+    top: Any = logits.max()
+    return float(logits[token] - top - np.log(np.exp(logits - top).sum()))

@@ -20,23 +20,25 @@ from typing import Any
 import numpy as np
 
 from oxidizr_ref import optim, parallel
-from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, device_of, slot_dtype, xp_of
+from oxidizr_ref.batch_loader import BatchLoader
 from oxidizr_ref.checkpoint import state
-from oxidizr_ref.checkpoint.format import load, predict_size
+from oxidizr_ref.checkpoint.format import predict_size
 from oxidizr_ref.checkpoint.saver import Saver
 from oxidizr_ref.checkpoint.state import RunState
 from oxidizr_ref.checkpoint.store import CheckpointStore, Found, Retention
 from oxidizr_ref.config import Config
-from oxidizr_ref.data import Batch, BatchLoader, TrainingData, open_data
+from oxidizr_ref.data import Batch, TrainingData, open_data
+from oxidizr_ref.data_marks import IGNORED
 from oxidizr_ref.errors import SaveError, TrainingError
+from oxidizr_ref.evaluation import mean_loss
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.layers.feed_forward import Routing
 from oxidizr_ref.loss_scale import LossScale
 from oxidizr_ref.memory import out_of_memory
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
-from oxidizr_ref.run import Outcome, Record, Reporter, RunOptions, Witness
+from oxidizr_ref.run import FirstWeights, Outcome, Record, Reporter, RunOptions, Witness
 from oxidizr_ref.signals import Signals
 from oxidizr_ref.step_metrics import StepMetrics, StepNumbers
 
@@ -64,7 +66,7 @@ class Trainer:
         self.options, self.reporter, self.witness = options or RunOptions(), reporter or Reporter(), Witness()
         data = data or open_data(config)
         self.tokenizer, self.windows = data.tokenizer, data.windows
-        self._data_identity = {"digest": data.digest, "tokens": len(data.stream)}
+        self._data_identity = data.identity
         self._parameters = dict(model.named_parameters())
         self.device = device_of(next(iter(self._parameters.values())).data)
         slots = slot_dtype(STORAGE_DTYPES[config.model.dtype], t.optimizer_dtype)
@@ -99,11 +101,12 @@ class Trainer:
         losses: parallel.TreeCounter[Array] = parallel.TreeCounter()
         gradients: parallel.TreeCounter[optim.Gradients] = parallel.TreeCounter(optim.add_gradients)
         routed: list[list[Routing]] = []  # of every micro-batch
-        for micro in range(1, t.gradient_accumulation + 1):
-            tokens, targets = next(batches)
+        micro_batches = [next(batches) for _ in range(t.gradient_accumulation)]
+        learned = sum(int(np.count_nonzero(batch.targets != IGNORED)) for batch in micro_batches)
+        for micro, (tokens, targets, begins) in enumerate(micro_batches, 1):
             self.witness.batch(n, micro, tokens, targets)
             routed.append([])
-            loss = self.model.loss(tokens, targets, self.tokens_a_step, t.load_balance_alpha, routed[-1])
+            loss = self.model.loss(tokens, targets, max(1, learned), t.load_balance_alpha, routed[-1], begins)
             loss.backward(None if self.loss_scale is None else self.loss_scale.seed())
             routed[-1] = [routing._replace(balance=routing.balance.detach()) for routing in routed[-1]]  # free their graphs
             losses.push(loss.data.astype(np.float64))
@@ -240,12 +243,7 @@ class Trainer:
         count, size = self.windows.eval_windows, self.config.trainer.batch_size
         if count == 0:
             return None
-        sums: parallel.TreeCounter[Array] = parallel.TreeCounter()
-        with no_grad():
-            for index in range(-(-count // size)):
-                tokens, targets = self.windows.eval_batch(index, size)
-                sums.push(self.model.loss(tokens, targets, token_count=1).data.astype(np.float64))
-        mean = float(sums.total().item()) / (count * self.windows.seq_len)
+        mean = mean_loss(self.model, (self.windows.eval_batch(index, size) for index in range(-(-count // size))))
         self._must_be_finite(self.step, "the held-out loss", mean)
         return mean
 
@@ -392,8 +390,7 @@ class Trainer:
         self._last_save = self.store.resumed_from = saved.step
         return [*notices, f"resumed {found.path} at step {self.step}"]
 
-    def _take_weights(self, path: Path) -> str:
-        saved = state.from_file(load(path), path)
-        self.model.load_state_dict(saved.weights)
-        self.lineage = [*saved.lineage, {"init_from": saved.origin()}]
-        return f"starting with the weights of {path} (step {saved.step}), a fresh optimizer and step 0"
+    def _take_weights(self, first: FirstWeights) -> str:
+        self.model.load_state_dict(first.weights)
+        self.lineage = [dict(line) for line in first.lineage]
+        return f"starting with the weights of {first.what}, a fresh optimizer and step 0"

@@ -404,7 +404,7 @@ def test_a_changed_learning_rate_goes_on_with_one_notice(begun: tiny.Run, capsys
     [
         (("--resume", "auto", "--overwrite"), ("--resume", "--overwrite")),
         (("--resume", "auto", "--init-from", "text.txt"), ("--resume", "--init-from")),
-        (("--init-from", "absent"), ("--init-from absent: no such file",)),
+        (("--init-from", "absent"), ("absent: no such file or directory", "a step file")),
         (("--allow-mismatch", "model"), ("--allow-mismatch model", "seed, data, dtype")),
     ],
 )

@@ -447,7 +447,7 @@ def test_a_missing_or_null_section_is_named(tmp_path: Path) -> None:
         (
             {"q_latent_dim": 32},
             "q_latent_dim",
-            "MLA needs kv_latent_dim, q_latent_dim and d_rope together; missing: kv_latent_dim, d_rope",
+            "MLA needs kv_latent_dim and d_rope together; missing: kv_latent_dim, d_rope",
         ),
         ({"num_experts": 1}, "experts_per_tok", "expected at most num_experts = 1, found 2"),
         ({"num_experts": 2, "experts_per_tok": 3}, "experts_per_tok", "expected at most num_experts = 2, found 3"),
@@ -754,7 +754,7 @@ def test_the_length_of_the_run_counts_only_where_the_schedule_depends_on_it(tmp_
 def test_the_canonical_form_holds_every_other_key_and_no_path(tmp_path: Path) -> None:
     config = loaded(tmp_path, text_of(trainer={"lr_schedule": "cosine"}, data={"path": "secret.txt"}))
     canonical = config.canonical()
-    assert set(canonical["model"]) == set(ModelConfig.model_fields) - {"name"}
+    assert set(canonical["model"]) == set(ModelConfig.model_fields) - {"name", "mla_q_rope_from", "norm_topk_prob"}
     assert set(canonical["trainer"]) == set(type(config.trainer).model_fields) - OPERATIONAL_KEYS - {"optimizer_dtype"}
     assert canonical["data"] == {"tokenizer": "byte"}
     assert "secret" not in canonical_json(canonical)

@@ -281,3 +281,37 @@ def test_attention_overwrites_the_oldest_row_and_counts_on() -> None:
         changed = np.flatnonzero((before != host(cache[0].arrays[0])).any(axis=(0, 2, 3)))
         written.append(changed.tolist())
     assert written == [[0], [1], [2], [3], [0], [1]] and cache[0].length == 6
+
+
+# --- the first tokens at once -----------------------------------------------------------------------------------------
+
+
+@every_architecture
+@pytest.mark.parametrize("length", [1, 2, LENGTH - 4])
+def test_a_prompt_taken_at_once_leaves_what_taking_it_token_by_token_does(architecture: str, length: int) -> None:
+    """Logits and caches, to rounding, and so the logits of what follows; with lengths below the convolution's."""
+    model = lively_model(architecture)
+    tokens, _ = batch(shape=(BATCH, length + 3))
+    at_once, one_by_one = model.new_cache(BATCH), model.new_cache(BATCH)
+    found = host(model.prefill(tokens[:, :length], at_once).data)
+    for t in range(length):
+        expected = host(model.step(tokens[:, t], one_by_one).data)
+    assert relative_error(found, expected) < 1e-11
+    for first, second in zip(at_once, one_by_one, strict=True):
+        for name, array in arrays_of(first).items():
+            if isinstance(first, TokenCache):
+                array, other = array[:, :length], arrays_of(second)[name][:, :length]
+            else:
+                other = arrays_of(second)[name]
+            assert relative_error(host(array), host(other)) < 1e-11, name
+    for t in range(length, length + 3):
+        both = [host(model.step(tokens[:, t], cache).data) for cache in (at_once, one_by_one)]
+        assert relative_error(*both) < 1e-11
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mla", "hybrid", "mamba2"])
+def test_a_prompt_longer_than_the_window_is_taken_like_tokens_one_by_one(architecture: str) -> None:
+    model = lively_model(architecture, max_seq_len=5)
+    tokens, _ = batch(shape=(BATCH, 12))
+    cache = model.new_cache(BATCH)
+    assert relative_error(host(model.prefill(tokens, cache).data), decode(model, tokens)[:, -1]) < 1e-11

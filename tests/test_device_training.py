@@ -21,10 +21,11 @@ from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import module_of, to_host
 from oxidizr_ref.config import load_config
 from oxidizr_ref.errors import TrainingError
+from oxidizr_ref.generation import generate
 from oxidizr_ref.memory_now import resident_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import RunOptions
-from oxidizr_ref.sampling import sample_tokens
+from oxidizr_ref.sampling import Sampling
 from oxidizr_ref.trainer import Trainer
 
 #: Models that between them have every kind of layer, the smallest of their kind.
@@ -177,9 +178,9 @@ def test_strict_refuses_the_other_device(gpu: str, tmp_path: Path, capsys: pytes
 
 def test_text_is_sampled_from_a_model_on_the_device_as_from_one_on_the_cpu(gpu: str, tmp_path: Path) -> None:
     config = load_config(make_run(tmp_path, "mla_moe", "f64").config)
-    prompt = np.array([3, 1, 4], dtype=np.int64)
-    cpu, there = (sample_tokens(LanguageModel(config.model, 5, device), prompt, 12) for device in ("cpu", "gpu"))
-    assert cpu.tolist() == there.tolist()
+    prompts = [np.array([3, 1, 4]), np.array([5])]
+    cpu, there = (generate(LanguageModel(config.model, 5, device), prompts, Sampling(12)) for device in ("cpu", "gpu"))
+    assert [sequence.tokens for sequence in cpu] == [sequence.tokens for sequence in there]
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

@@ -173,15 +173,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
         "mamba2_num_heads",
         "hidden_size * mamba2_expand = 32 * 1 = 32 must equal mamba2_num_heads * mamba2_head_dim = 8 * 8 = 64",
     ),
-    "one latent of two": (
-        {"kv_latent_dim": 16, "d_rope": 4},
-        "kv_latent_dim",
-        "MLA needs kv_latent_dim, q_latent_dim and d_rope together; missing: q_latent_dim",
+    "rotation from a latent that is not there": (
+        {"kv_latent_dim": 16, "d_rope": 4, "mla_q_rope_from": "latent"},
+        "mla_q_rope_from",
+        "expected hidden: without q_latent_dim there is no latent of queries",
     ),
     "rotation without latents": (
         {"d_rope": 4},
         "d_rope",
-        "MLA needs kv_latent_dim, q_latent_dim and d_rope together; missing: kv_latent_dim, q_latent_dim",
+        "MLA needs kv_latent_dim and d_rope together; missing: kv_latent_dim",
     ),
     "an odd number to rotate": ({**MLA, "d_rope": 5}, "d_rope", "RoPE rotates pairs, so it must be even; found 5"),
     "Mamba3 without heads": (

@@ -22,8 +22,9 @@ from oxidizr_ref.autograd import Tensor
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import load_config
 from oxidizr_ref.errors import CheckpointError
+from oxidizr_ref.interop.opened import open_model
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.run import Reporter, RunOptions
+from oxidizr_ref.run import FirstWeights, Reporter, RunOptions
 from oxidizr_ref.trainer import Trainer
 
 
@@ -712,7 +713,8 @@ def test_init_from_takes_the_weights_and_nothing_else(
             seen.update(moments=max(abs(array).max() for array in trainer.optimizer.state_dict().values()))
 
     config = load_config(done.config, [f"trainer.checkpoint_dir={again.directory}", "trainer.max_steps=10"])
-    options = RunOptions(init_from=done.path(40))
+    other = open_model(done.path(40))
+    options = RunOptions(init_from=FirstWeights(other.weights, other.what, other.lineage))
     Trainer(config, LanguageModel(config.model, 0), options=options, reporter=Spy()).fit()
     assert (seen["step"], seen["cursor"], seen["updates"], seen["moments"]) == (0, 0, 0, 0.0)
     saved = format.load(done.path(40)).tensors

@@ -29,7 +29,8 @@ from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import Config, TrainerConfig
 from oxidizr_ref.config_keys import DataConfig
-from oxidizr_ref.data import Batch, BatchLoader
+from oxidizr_ref.batch_loader import BatchLoader
+from oxidizr_ref.data import Batch
 from oxidizr_ref.errors import DataError, TraceError, TrainingError
 from oxidizr_ref.fused.register import reference
 from oxidizr_ref.nn import Module, Parameter, constant
@@ -294,7 +295,7 @@ class Straight:
     def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
         """Those of the first micro-batch of the next step, which is not done by this."""
         with self.side():
-            loss = self.model.loss(*self.batch(), self.trainer.tokens_a_step, self.trainer.config.trainer.load_balance_alpha)
+            loss = self.model.loss(*self.batch()[:2], self.trainer.tokens_a_step, self.trainer.config.trainer.load_balance_alpha)
             loss.backward()
         parameters = dict(self.model.named_parameters())
         found = {name: np.zeros(p.shape, loss.dtype) if p.grad is None else p.grad for name, p in parameters.items()}
@@ -319,7 +320,7 @@ def must_be_of_training(trace: Trace, straight: Straight) -> None:
         check(name, array)
     for step in range(1, int(trace.metadata["steps"]) + 1):
         at = f"step.{step}." if step > 1 else ""
-        tokens, targets = straight.batch()
+        tokens, targets, _ = straight.batch()
         assert np.array_equal(trace.array(f"{at}tokens"), tokens) and np.array_equal(trace.array(f"{at}targets"), targets)
         with straight.side(), no_grad():
             check(f"{at}cross_entropy", model.loss(tokens, targets).data)
@@ -679,7 +680,7 @@ def saved(path: Path, **tensors: Array) -> Path:
 def must_be(found: list[Batch], expected: list[tuple[Array, Array]]) -> None:
     assert len(found) == len(expected)
     for pair, expected_pair in zip(found, expected, strict=True):
-        assert all(same(a, b.astype(np.int64)) for a, b in zip(pair, expected_pair, strict=True))
+        assert all(same(a, b.astype(np.int64)) for a, b in zip(pair[:2], expected_pair[:2], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint32, np.uint8])

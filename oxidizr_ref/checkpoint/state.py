@@ -16,7 +16,7 @@ from typing import Any
 from oxidizr_ref.backend import Array
 from oxidizr_ref.checkpoint.format import Checkpoint
 from oxidizr_ref.checkpoint.header import FORMAT_VERSION
-from oxidizr_ref.config import canonical_json, config_differences
+from oxidizr_ref.config import canonical_json, config_differences, with_younger_keys
 from oxidizr_ref.errors import CheckpointError, MismatchError
 from oxidizr_ref.transfers import HostCopies
 from oxidizr_ref.version import NUMERICS_VERSION
@@ -164,7 +164,7 @@ def continue_from(
     machine class may change and are told. Raises MismatchError naming what does not fit; with ``strict``, for any change.
     Raises CheckpointError when the file's tensors are not those of its own config.
     """
-    changed = config_differences(_with_all_dtypes(saved.config), _with_all_dtypes(here.config))
+    changed = config_differences(with_younger_keys(saved.config), with_younger_keys(here.config))
     _refuse_another_model(changed)
     _refuse_other_tensors(saved.weights, here.weights, f"{where}: weight")
     _refuse_other_tensors(saved.optimizer, here.optimizer, f"{where}: optimizer slot")
@@ -196,11 +196,6 @@ def continue_from(
 
 #: The keys that say how numbers are stored.
 _DTYPES = ("model.dtype", "trainer.optimizer_dtype")
-
-
-def _with_all_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A canonical config with the key that is left out of it where it says what it always was."""
-    return {**config, "trainer": {"optimizer_dtype": "f32", **config["trainer"]}}
 
 
 def _refuse_another_model(changed: list[tuple[str, Any, Any]]) -> None:

@@ -151,7 +151,7 @@ def _what(m: ModelConfig, kind: str) -> str:
     return {
         "embedding": f"embedding {m.vocab_size} x {m.hidden_size}",
         "gqa": f"GQA {m.num_heads}/{m.kv_heads} x {m.head_dim}",
-        "mla": f"MLA {m.num_heads} x ({m.head_dim}+{m.d_rope}), latents {m.kv_latent_dim}/{m.q_latent_dim}",
+        "mla": f"MLA {m.num_heads} x ({m.head_dim}+{m.d_rope}), latents {m.kv_latent_dim}/{m.q_latent_dim or '-'}",
         "swiglu": f"SwiGLU {m.intermediate_size}",
         "moe": f"MoE {m.experts_per_tok} of {m.num_experts} x {m.intermediate_size}{shared}",
         "mamba1": f"Mamba1 {m.mamba_expand * m.hidden_size} channels, state {m.mamba_d_state}",

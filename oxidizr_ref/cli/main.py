@@ -9,8 +9,14 @@ import typer
 from typer.exceptions import TyperException
 
 from oxidizr_ref.cli.bench import bench
+from oxidizr_ref.cli.convert import convert
 from oxidizr_ref.cli.diff import diff
+from oxidizr_ref.cli.evaluate import evaluate
+from oxidizr_ref.cli.generate import generate
 from oxidizr_ref.cli.inspect import inspect
+from oxidizr_ref.cli.pack import pack
+from oxidizr_ref.cli.prepare import prepare
+from oxidizr_ref.cli.push import push
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.trace import trace
 from oxidizr_ref.cli.train import train
@@ -29,6 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(generate)
+app.command(name="eval")(evaluate)
+app.command()(prepare)
+app.command()(pack)
+app.command()(push)
+app.command()(convert)
 app.command()(inspect)
 app.command()(verify)
 app.command()(diff)

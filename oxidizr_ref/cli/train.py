@@ -19,15 +19,19 @@ from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.checkpoint.store import existing
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
-from oxidizr_ref.config import OPERATIONAL_KEYS, Config, load_config
+from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
 from oxidizr_ref.data import open_data
 from oxidizr_ref.errors import CheckpointError, UsageError
+from oxidizr_ref.generation import generate
+from oxidizr_ref.interop.opened import Opened, open_model
 from oxidizr_ref.memory import estimate_memory, out_of_memory
 from oxidizr_ref.memory_now import available_bytes
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.run import Reporter, RunOptions
-from oxidizr_ref.sampling import sample_tokens
+from oxidizr_ref.run import FirstWeights, Reporter, RunOptions
+from oxidizr_ref.sampling import Sampling
 from oxidizr_ref.signals import Signals
+from oxidizr_ref.tokenizer_libraries import JSON_NAME
+from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 from oxidizr_ref.trainer import Trainer
 
 _STARTED = time.monotonic()  # what --time-limit counts from, but for the start of the interpreter
@@ -102,7 +106,7 @@ def train(
         int | None, typer.Option(metavar="N", help="Step files to keep; 0: all.", rich_help_panel=_RESUME)
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start with the weights of a step file.", rich_help_panel=_RESUME)
+        Path | None, typer.Option(metavar="MODEL", help="Start with the weights of another model.", rich_help_panel=_RESUME)
     ] = None,
     overwrite: Annotated[
         bool,
@@ -163,7 +167,17 @@ def train(
         }
     )
     _check_usage(resume, init_from, overwrite, allow_mismatch or [])
-    run_config = _config(config, resume, settings or [], flags)
+    other = None if init_from is None else open_model(init_from)
+    if other is not None and config is None:
+        run_config = _config_of(other, settings or [], flags)
+    else:
+        run_config = _config(config, resume, settings or [], flags)
+    if other is not None:
+        _must_be_the_same_model(run_config, other)
+    # What a file without a path beside it was tokenized with is in the model, or the checkpoint, itself.
+    tokenizer = None
+    if config is None and run_config.data.tokenizer == JSON_NAME:
+        tokenizer = other.tokenizer if other is not None else _tokenizer_in(Path(resume or ""))
     reporter = make_reporter(headless)
     demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
     device = _device(run_config, demanded_by, gpus, reporter)
@@ -171,7 +185,7 @@ def train(
         parallel.set_threads(threads)
     options = RunOptions(
         resume=resume,
-        init_from=init_from,
+        init_from=None if other is None else FirstWeights(other.weights, other.what, other.lineage),
         overwrite=overwrite,
         allow_mismatch=frozenset(allow_mismatch or ()),
         strict=strict,
@@ -179,11 +193,11 @@ def train(
         time_limit=time_limit,
         began=_STARTED,
     )
-    return _run(run_config, options, reporter, device)
+    return _run(run_config, options, reporter, device, tokenizer)
 
 
-def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -> int:
-    data = open_data(config)
+def _run(config: Config, options: RunOptions, reporter: Reporter, device: str, tokenizer: Tokenizer | None) -> int:
+    data = open_data(config, tokenizer)
     _warn_if_too_large(config, reporter, device)
     with Signals() as signals:  # from here on a signal is a wish, also while a large model or checkpoint is loaded
         try:
@@ -207,9 +221,10 @@ def _run(config: Config, options: RunOptions, reporter: Reporter, device: str) -
 def _sample(trainer: Trainer) -> str:
     """A text the trained model writes, beginning where a document would, or a line: the first character of most texts."""
     tokenizer = trainer.tokenizer
-    prompt = tokenizer.encode("<|endoftext|>").astype(np.int64) if tokenizer.name == "byte" else np.zeros(1, dtype=np.int64)
-    ids = sample_tokens(trainer.model, prompt, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, below=tokenizer.vocab_size)
-    text = tokenizer.decode(ids).strip()
+    prompt = np.array([tokenizer.end_of_text or 0])
+    sampling = Sampling(_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE)
+    (sample,) = generate(trainer.model, [prompt], sampling, below=tokenizer.vocab_size)
+    text = tokenizer.decode(sample.tokens).strip()
     # What a young model of bytes says may be a command to the terminal.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -226,8 +241,6 @@ def _as_overrides(flags: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
 def _check_usage(resume: str | None, init_from: Path | None, overwrite: bool, allow_mismatch: list[str]) -> None:
     if resume and (overwrite or init_from):
         raise UsageError(f"--resume continues a run, {'--overwrite' if overwrite else '--init-from'} starts one; give one")
-    if init_from is not None and not init_from.is_file():
-        raise UsageError(f"--init-from {init_from}: no such file")
     for kind in allow_mismatch:
         if kind not in ALLOWABLE:
             raise UsageError(f"--allow-mismatch {kind}: expected one of {', '.join(ALLOWABLE)}")
@@ -248,6 +261,30 @@ def _config(source: str | None, resume: str | None, settings: list[str], flags: 
     if not {"max_steps", "num_epochs"} & (inside["trainer"].keys() | given):
         raise UsageError(f"--resume {path}: the file does not say how long to train; give --max-steps N, or -f CONFIG")
     return config
+
+
+def _tokenizer_in(path: Path) -> Tokenizer:
+    state = json.loads(read_header(existing(path, path.parent)).metadata["tokenizer"])
+    return tokenizer_from_state(state)
+
+
+def _config_of(other: Opened, settings: list[str], flags: dict[str, str]) -> Config:
+    """The config of a run that goes on with another model where no ``-f`` says how: that model, the default's training."""
+    default = load_config(DEFAULT_CONFIG)
+    trainer = default.trainer.model_dump(mode="json") | {"checkpoint_dir": f"./checkpoints/{other.config.name}"}
+    tokenizer = other.tokenizer.name if other.tokenizer is not None else default.data.tokenizer
+    inside = {"model": other.config.model_dump(mode="json"), "trainer": trainer, "data": {"tokenizer": tokenizer}}
+    return Config.from_canonical(inside, settings, flags)
+
+
+def _must_be_the_same_model(config: Config, other: Opened) -> None:
+    """Raise UsageError where the config and the model whose weights it is to start with differ in more than storage."""
+    here, there = ({"model": model.model_dump(mode="json")} for model in (config.model, other.config))
+    free = {"model.name", "model.dtype", "model.max_seq_len"}
+    changed = [change for change in config_differences(there, here) if change[0] not in free]
+    if changed:
+        differs = ", ".join(f"{key} is {old} there, {new} here" for key, old, new in changed)
+        raise UsageError(f"--init-from {other.what}: another model: {differs}; leave out -f to take its own config")
 
 
 def _fill_in_what_changes_no_bits(inside: dict[str, Any], directory: Path) -> None:

@@ -30,6 +30,12 @@ class TokenCache:
         self.capacity, self.length = capacity, 0
         self.arrays = [xp_of(row).zeros((row.shape[0], capacity, *row.shape[2:]), dtype=row.dtype) for row in rows]
 
+    def fill(self, *rows: Tensor) -> None:
+        """Keep the rows ``[B,T,…]`` of the first tokens, at most ``capacity`` of them."""
+        self.length = rows[0].shape[1]
+        for array, row in zip(self.arrays, rows, strict=True):
+            array[:, : self.length] = row.data
+
     def append(self, *rows: Tensor) -> list[Tensor]:
         """Keep the rows ``[B,1,…]`` of the next token. Returns all rows that are kept, ``[B,S,…]``."""
         slot = self.length % self.capacity
@@ -57,9 +63,12 @@ class GroupedQueryAttention(Module):
         self.v_proj = Linear(D, self.kv_heads * P, std)
         self.o_proj = Linear(self.num_heads * P, D, output_std)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: ``[B,T,D]``. Returns ``[B,T,D]``."""
-        return self._attend(*self._project(x, 0))
+    def __call__(self, x: Tensor, cache: TokenCache | None = None) -> Tensor:
+        """x: ``[B,T,D]``. Returns ``[B,T,D]``. A new ``cache`` is filled, for `step` to go on."""
+        q, k, v = self._project(x, 0)
+        if cache is not None:
+            cache.fill(k, v)
+        return self._attend(q, k, v)
 
     def new_cache(self, batch: int) -> TokenCache:
         """Room for the keys and values of ``max_seq_len`` tokens: 2·K·P numbers each."""
@@ -87,32 +96,41 @@ class LatentAttention(Module):
     """Multi-head latent attention, MLA (DeepSeek-V2, 2024, section 2.1), as oxidizr configures it.
 
     Keys and values are read from one latent ``c_kv`` a token, and positions from a small rotated key ``k_r`` that all heads
-    share, so decoding keeps L + R numbers a token. DeepSeek's own model normalizes the latents: ``mla_latent_norm``.
+    share, so decoding keeps L + R numbers a token. DeepSeek's own models normalize the latents (``mla_latent_norm``) and
+    read the rotated part of queries from theirs (``mla_q_rope_from``); small ones have none (``q_latent_dim: 0``).
     """
 
     def __init__(self, config: ModelConfig, std: float, output_std: float) -> None:
         self.num_heads, self.head_dim, self.d_rope = config.num_heads, config.head_dim, config.d_rope
         self.rope_theta, self.capacity, self.latent = config.rope_theta, config.max_seq_len, config.kv_latent_dim
         D, HP = config.hidden_size, config.num_heads * config.head_dim
+        self.compressed, self.rope_from_latent = config.q_latent_dim > 0, config.mla_q_rope_from == "latent"
         self.w_dkv = Linear(D, config.kv_latent_dim, std)
-        self.w_dq = Linear(D, config.q_latent_dim, std)
-        self.w_uq = Linear(config.q_latent_dim, HP, std)
+        if self.compressed:
+            self.w_dq = Linear(D, config.q_latent_dim, std)
+        self.w_uq = Linear(config.q_latent_dim or D, HP, std)
         self.w_uk = Linear(config.kv_latent_dim, HP, std)
         self.w_uv = Linear(config.kv_latent_dim, HP, std)
-        self.w_qr = Linear(D, config.num_heads * config.d_rope, std)
+        self.w_qr = Linear(config.q_latent_dim if self.rope_from_latent else D, config.num_heads * config.d_rope, std)
         self.w_kr = Linear(D, config.d_rope, std)
         self.o_proj = Linear(HP, D, output_std)
         self.scale = (self.head_dim + self.d_rope) ** -0.5
         self.normed = config.mla_latent_norm
         if self.normed:
             self.kv_norm = RMSNorm(config.kv_latent_dim, config.rms_norm_eps)
-            self.q_norm = RMSNorm(config.q_latent_dim, config.rms_norm_eps)
+            if self.compressed:
+                self.q_norm = RMSNorm(config.q_latent_dim, config.rms_norm_eps)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The training form: keys and values of every head are formed. x: ``[B,T,D]``. Returns ``[B,T,D]``."""
+    def __call__(self, x: Tensor, cache: TokenCache | None = None) -> Tensor:
+        """The training form: keys and values of every head are formed. x: ``[B,T,D]``. Returns ``[B,T,D]``.
+
+        A new ``cache`` is filled, for `step` to go on.
+        """
         B, T, _ = x.shape
         H, P, R = self.num_heads, self.head_dim, self.d_rope
         q, q_r, c_kv, k_r = self._project(x, 0)
+        if cache is not None:
+            cache.fill(c_kv, k_r.reshape(B, T, R))
         k, v = self.w_uk(c_kv).reshape(B, T, H, P), self.w_uv(c_kv).reshape(B, T, H, P)
         q = named("queries", ops.concatenate(q, q_r, axis=-1))
         k = named("keys", ops.concatenate(k, ops.broadcast_to(k_r, shape=(B, T, H, R)), axis=-1))
@@ -143,10 +161,10 @@ class LatentAttention(Module):
         """Queries, their rotated part, the latent, and the rotated key: ``[B,T,H,P] [B,T,H,R] [B,T,L] [B,T,1,R]``."""
         B, T, _ = x.shape
         H, P, R = self.num_heads, self.head_dim, self.d_rope
-        c_q, c_kv = self.w_dq(x), self.w_dkv(x)
+        c_q, c_kv = self.w_dq(x) if self.compressed else x, self.w_dkv(x)
         if self.normed:
-            c_q, c_kv = self.q_norm(c_q), self.kv_norm(c_kv)
-        q_r = rope(self.w_qr(x).reshape(B, T, H, R), self.rope_theta, start)
+            c_q, c_kv = self.q_norm(c_q) if self.compressed else c_q, self.kv_norm(c_kv)
+        q_r = rope(self.w_qr(c_q if self.rope_from_latent else x).reshape(B, T, H, R), self.rope_theta, start)
         k_r = rope(self.w_kr(x).reshape(B, T, 1, R), self.rope_theta, start)
         return self.w_uq(c_q).reshape(B, T, H, P), named("q_r", q_r), c_kv, named("k_r", k_r)
 

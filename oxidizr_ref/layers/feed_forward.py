@@ -65,23 +65,24 @@ class Router(Module):
     """Chooses k experts for every token, weight ``[E,D]``."""
 
     def __init__(self, config: ModelConfig, std: float) -> None:
-        self.num_experts, self.k = config.num_experts, config.experts_per_tok
+        self.num_experts, self.k, self.normed = config.num_experts, config.experts_per_tok, config.norm_topk_prob
         self.gate = Linear(config.hidden_size, config.num_experts, std)
 
     def __call__(self, x: Tensor) -> tuple[np.ndarray[Any, Any], Tensor, Routing]:
         """x: ``[n,D]``. Returns the experts of every token, int ``[n,k]``, their weights ``[n,k]``, and the `Routing`.
 
-        Equal logits go to the lower index. The weights are the softmax over the k logits, as in Mixtral (Jiang et al. 2024);
-        for k = 1 that would be 1 whatever the router says, so the probability among all experts is taken, as in the Switch
-        Transformer (Fedus et al. 2021). The balance loss is eq. 4 to 6 there: ``E Σ_e f_e P_e``, f_e the share of all n·k
-        assignments that e was given, P_e its mean probability; 1 when even. No token is ever dropped.
+        Equal logits go to the lower index. With ``norm_topk_prob`` the weights are the softmax over the k logits, as in
+        Mixtral (Jiang et al. 2024), else the probabilities among all experts, as in DeepSeek-V2 and, for k = 1, where the
+        former would be 1 whatever the router says, in the Switch Transformer (Fedus et al. 2021). The balance loss is eq. 4
+        to 6 there: ``E Σ_e f_e P_e``, f_e the share of all n·k assignments that e was given, P_e its mean probability; 1
+        when even. No token is ever dropped.
         """
         logits = self.gate(x)
         probabilities = named("probs", ops.softmax(logits))
         # Who goes where decides on the host what runs: on a device this is the one place of a layer that waits for it.
         order = np.argsort(-to_host(logits.data), axis=-1, kind="stable")
         ids = named("ids", order[:, : self.k], also=("gate.output",))
-        weights = ops.softmax(ops.take_along(logits, ids=ids)) if self.k > 1 else ops.take_along(probabilities, ids=ids)
+        weights = ops.softmax(ops.take_along(logits, ids=ids)) if self.normed else ops.take_along(probabilities, ids=ids)
         weights = named("weights", weights, also=("ids",))
         assigned = np.bincount(ids.reshape(-1), minlength=self.num_experts)
         share = to_device(assigned / max(1, ids.size), logits.data)

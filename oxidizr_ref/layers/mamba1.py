@@ -15,13 +15,14 @@ import numpy as np
 
 from oxidizr_ref import ops
 from oxidizr_ref.autograd import Tensor
-from oxidizr_ref.backend import Array
+from oxidizr_ref.backend import Array, xp_of
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.selective_scan import selective_scan
 from oxidizr_ref.fused.silu_gate import silu_gate
 from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, constant, uniform
+from oxidizr_ref.sums import running_sum
 from oxidizr_ref.watch import named
 
 
@@ -60,19 +61,28 @@ class Mamba1(Module):
         self.D = Parameter((self.channels,), constant(1.0))
         self.out_proj = Linear(self.channels, D, output_std)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: ``[B,T,D]``. Returns ``[B,T,D]``."""
+    def __call__(self, u: Tensor, cache: Mamba1Cache | None = None) -> Tensor:
+        """u: ``[B,T,D]``. Returns ``[B,T,D]``. A new ``cache`` is filled, for `step` to go on."""
         x, z = ops.split(self.in_proj(u), (self.channels, self.channels))
-        x = self.conv1d(x)
+        x = self.conv1d(x) if cache is None else self.conv1d.step(x, cache.tail)
         raw, B, C = self._select(x)
         A = named("A", -ops.exp(self.A_log))
         y = named("y", selective_scan(x, raw, self.dt_proj.bias, A, B, C, self.D))
+        if cache is not None:
+            self._fill(cache.state, ops.softplus(raw + self.dt_proj.bias).data, x.data, A.data, B.data)
         return self.out_proj(named("gated", silu_gate(y, z)))
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C, from the input: ``[B,T,E] [B,T,N] [B,T,N]``."""
         dt, B, C = ops.split(self.x_proj(x), (self.rank, self.d_state, self.d_state))
         return named("dt_proj.output", linear(dt, self.dt_proj.weight)), B, C
+
+    def _fill(self, state: Array, dt: Array, x: Array, A: Array, B: Array) -> None:
+        """The state after the last token: ``Σ_t exp(A (dt_{t+1} + … + dt_T)) dt_t x_t B_tᵀ``."""
+        past, entering = running_sum(dt.astype(np.float64), axis=1), dt * x
+        until = (past[:, -1:] - past).astype(dt.dtype)  # [B,T,E]
+        for n in range(self.d_state):
+            state[:, :, n] = (xp_of(dt).exp(until * A[:, n]) * entering * B[:, :, n : n + 1]).sum(axis=1)
 
     def new_cache(self, batch: int) -> Mamba1Cache:
         """The state before the first token."""

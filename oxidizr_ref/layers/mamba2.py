@@ -19,7 +19,7 @@ from oxidizr_ref.backend import Array
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.silu_gate import silu_gate
 from oxidizr_ref.fused.ssd import ssd
-from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
+from oxidizr_ref.layers.state_space import CausalConv, final_state, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, RMSNorm, constant
 from oxidizr_ref.watch import named
 
@@ -53,11 +53,14 @@ class Mamba2(Module):
         self.norm = RMSNorm(E, config.rms_norm_eps, self.groups)
         self.out_proj = Linear(E, config.hidden_size, output_std)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: ``[B,T,D]``. Returns ``[B,T,D]``."""
+    def __call__(self, u: Tensor, cache: Mamba2Cache | None = None) -> Tensor:
+        """u: ``[B,T,D]``. Returns ``[B,T,D]``. A new ``cache`` is filled, for `step` to go on."""
         z, xBC, dt = self._project(u)
-        x, B, C = self._parts(self.conv1d(xBC))
-        y = named("y", ssd(x, dt, named("A", -ops.exp(self.A_log)), B, C, self.D, self.chunk))
+        x, B, C = self._parts(self.conv1d(xBC) if cache is None else self.conv1d.step(xBC, cache.tail))
+        A = named("A", -ops.exp(self.A_log))
+        y = named("y", ssd(x, dt, A, B, C, self.D, self.chunk))
+        if cache is not None:
+            cache.state[...] = final_state((x.data * dt.data[..., None])[:, :, None], dt.data * A.data, B.data[:, :, None])
         return self.out_proj(self.norm(named("gated", silu_gate(y.reshape(*z.shape), z))))
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from oxidizr_ref.backend import Array
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused.mamba3 import mamba3_scan, next_angle, running_angle, turn
 from oxidizr_ref.fused.silu_gate import silu_gate
-from oxidizr_ref.layers.state_space import CausalConv, time_step_bias, zeros_like
+from oxidizr_ref.layers.state_space import CausalConv, final_state, time_step_bias, zeros_like
 from oxidizr_ref.nn import Linear, Module, Parameter, RMSNorm, constant
 from oxidizr_ref.watch import named
 
@@ -80,15 +80,19 @@ class Mamba3(Module):
         self.mimo_z = Parameter((H, R, P), constant(1.0)) if mimo else None
         self.out_proj = Linear(H * P, config.hidden_size, output_std)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """u: ``[B,T,D]``. Returns ``[B,T,D]``."""
-        p = self._project(u, None)
+    def __call__(self, u: Tensor, cache: Mamba3Cache | None = None) -> Tensor:
+        """u: ``[B,T,D]``. Returns ``[B,T,D]``. A new ``cache`` is filled, for `step` to go on."""
+        p = self._project(u, None if cache is None else cache.tail)
         diagonal = named("diagonal", p.trap * p.dt)  # γ_t
         late = (1.0 - p.trap) * p.dt  # what enters a step late: (1-λ_{t+1}) dt_{t+1}, nothing after the last token
         inflow = named("inflow", diagonal + ops.pad(late[:, 1:], widths=((0, 0), (0, 1), (0, 0))))
         phi = named("phi", running_angle(p.dt, p.angle))
         x = named("x", _by_rank(p.x, self.mimo_x))
         y = mamba3_scan(x, p.a, inflow, diagonal, p.B, p.C, self.B_bias, self.C_bias, phi, self.D, self.chunk)
+        if cache is not None:
+            B = self._turned(p.B, self.B_bias, phi.data)
+            cache.state[...] = final_state(x.data * inflow.data[:, :, None, :, None], p.a.data, B)
+            cache.x[...], cache.B[...], cache.phi[...] = p.x.data[:, -1], B[:, -1], phi.data[:, -1]
         return self._out(named("y", y), p.z)
 
     def _project(self, u: Tensor, tail: Array | None) -> _Projected:
@@ -125,7 +129,7 @@ class Mamba3(Module):
         p = self._project(u, cache.tail)
         batch, H, P, R = u.shape[0], self.heads, self.head_dim, self.rank
         phi = next_angle(cache.phi, p.dt.data[:, 0], p.angle.data[:, 0])
-        B, C = (self._turned(v, bias, phi) for v, bias in ((p.B, self.B_bias), (p.C, self.C_bias)))
+        B, C = (self._turned(v, bias, phi[:, None])[:, 0] for v, bias in ((p.B, self.B_bias), (p.C, self.C_bias)))
 
         def outer(x: Tensor, B: Array) -> Tensor:
             """``Σ_r x^r B̄^rᵀ``: x ``[B,1,H,P]``, B̄ ``[B,R,H,N]``. Returns ``[B,H,P,N]``."""
@@ -143,10 +147,10 @@ class Mamba3(Module):
         return self._out(y.reshape(batch, 1, R, H, P), p.z)
 
     def _turned(self, v: Tensor, bias: Tensor, phi: Array) -> Array:
-        """B̄ or C̄ of one token: v ``[B,1,R,G,N]``, φ ``[B,H,S]``. Returns ``[B,R,H,N]``."""
-        batch, H, R, G, N = v.shape[0], self.heads, self.rank, self.groups, self.d_state
-        v = ops.broadcast_to(v.reshape(batch, R, G, 1, N), shape=(batch, R, G, H // G, N)).reshape(batch, R, H, N)
-        return turn((v + ops.swapaxes(bias, 0, 1)).data, phi[:, None])
+        """B̄ or C̄: v ``[B,T,R,G,N]``, φ ``[B,T,H,S]``. Returns ``[B,T,R,H,N]``."""
+        (batch, T, R, G, N), H = v.shape, self.heads
+        v = ops.broadcast_to(v.reshape(batch, T, R, G, 1, N), shape=(batch, T, R, G, H // G, N)).reshape(batch, T, R, H, N)
+        return turn((v + ops.swapaxes(bias, 0, 1)).data, phi[:, :, None])
 
 
 def _by_rank(v: Tensor, weights: Tensor | None) -> Tensor:

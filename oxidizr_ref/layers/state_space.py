@@ -12,6 +12,7 @@ from oxidizr_ref.autograd import Tensor
 from oxidizr_ref.backend import Array, compute_dtype, xp_of
 from oxidizr_ref.fused.causal_conv import causal_conv
 from oxidizr_ref.nn import Module, Parameter, uniform
+from oxidizr_ref.sums import running_sum
 from oxidizr_ref.watch import named
 
 #: Range of the first time steps, which are log-uniform in it, and a floor (Gu & Dao 2023, section 3.6 and their code).
@@ -42,11 +43,25 @@ class CausalConv(Module):
         return zeros_like(self.weight, batch, kernel - 1, channels)
 
     def step(self, x: Tensor, tail: Array) -> Tensor:
-        """The next token; ``tail`` moves on by one. x: ``[B,1,C]``. Returns ``[B,1,C]``."""
+        """The next tokens; ``tail`` moves on behind them. x: ``[B,T,C]``. Returns ``[B,T,C]``."""
         window = ops.concatenate(Tensor(tail), x, axis=1)
-        y = causal_conv(window, self.weight, self.bias)[:, -1:]
-        tail[...] = window.data[:, 1:]
+        y = causal_conv(window, self.weight, self.bias)[:, -x.shape[1] :]
+        tail[...] = window.data[:, x.shape[1] :]
         return y
+
+
+def final_state(x: Array, a: Array, B: Array) -> Array:
+    """The state after the last token, ``Σ_t exp(a_{t+1} + … + a_T) Σ_r x_t^r B_t^rᵀ``.
+
+    x: ``[B,T,R,H,P]`` as it enters, a: ``[B,T,H]``, the logarithm of the decay, B: ``[B,T,R,G,N]``, shared by H/G heads.
+    Returns ``[B,H,P,N]``.
+    """
+    (batch, T, R, H, P), (G, N) = x.shape, B.shape[3:]
+    past = running_sum(a.astype(np.float64), axis=1)
+    until = xp_of(x).exp(past[:, -1:] - past).astype(x.dtype)
+    entering = (x * until[:, :, None, :, None]).reshape(batch, T * R, G, H // G * P)
+    state = xp_of(x).matmul(entering.transpose(0, 2, 3, 1), B.reshape(batch, T * R, G, N).transpose(0, 2, 1, 3))
+    return state.reshape(batch, H, P, N)
 
 
 def zeros_like(parameter: Tensor, *shape: int) -> Array:

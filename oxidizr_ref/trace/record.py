@@ -52,8 +52,11 @@ def record(
     """
     if layers is not None and (outside := [n for n in layers if not 0 <= n < config.model.num_layers]):
         raise TraceError(f"layer {outside[0]}: the model has layers 0 to {config.model.num_layers - 1}")
+    if config.data.loss_on != "all" or config.data.document_boundaries != "ignore":
+        raise TraceError("a trace has every token: use data.loss_on: all and data.document_boundaries: ignore")
     data, total_steps = None, None
     if batches is not None:
+        batches = [Batch(*batch) for batch in batches]
         if config.trainer.lr_schedule != "constant" and not config.trainer.max_steps:  # the data tells the run's length
             total_steps = Trainer(config, LanguageModel(config.model, seed=None)).total_steps
         config, data = _shaped(config, batches), _data_of(batches)
@@ -96,7 +99,7 @@ def recorded(trace: Trace) -> Recorded:
     config = Config.from_canonical(json.loads(trace.metadata["config"]))
     weights = {name: trace.array(name) for name, record in trace.records.items() if record.role == "parameter"}
     names = [name for name in trace.records if parse(name).path == "tokens"]
-    batches = [(_ids(trace, name), _ids(trace, name.replace("tokens", "targets"))) for name in names]
+    batches = [Batch(_ids(trace, name), _ids(trace, name.replace("tokens", "targets"))) for name in names]
     steps, total_steps = (int(trace.metadata[key]) for key in ("steps", "total_steps"))
     experts = {name: _ids(trace, name) for name, r in trace.records.items() if r.op == TOP_K and not r.sample}
     return Recorded(config, batches, weights, steps, total_steps, experts)
@@ -151,9 +154,9 @@ def _shaped(config: Config, batches: Sequence[Batch]) -> Config:
 
 def _data_of(batches: Sequence[Batch]) -> TrainingData:
     """The batches as the data of a run, which a trainer wants to know."""
-    tokens, targets = batches[0]
+    tokens, targets, _ = batches[0]
     stream = TokenStream([Source("the batch", np.append(tokens[0], targets[0, -1]).astype(np.uint32))])
-    return TrainingData(stream, "", get_tokenizer("byte", ""), Windows(stream, tokens.shape[1]))
+    return TrainingData(stream, get_tokenizer("byte", ""), Windows(stream, tokens.shape[1]), {"digest": "", "tokens": 0})
 
 
 def read_batches(path: Path) -> list[Batch]:
@@ -177,7 +180,8 @@ def read_batches(path: Path) -> list[Batch]:
             raise DataError(
                 f"{path}: {name} {list(tokens.shape)} and its targets {list(targets.shape)} are not [batch, time]"
             )
-        found += zip(tokens, targets, strict=True) if tokens.ndim == 3 else [(tokens, targets)]
+        pairs = zip(tokens, targets, strict=True) if tokens.ndim == 3 else [(tokens, targets)]
+        found += [Batch(*pair) for pair in pairs]
     if len({batch[0].shape for batch in found}) > 1:
         raise DataError(f"{path}: its batches have different shapes")
     return found

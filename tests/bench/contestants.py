@@ -53,13 +53,15 @@ class Ours:
 
     def begin(self) -> None:
         """Make what training needs besides the weights."""
+        from oxidizr_ref.data import Batch
         from oxidizr_ref.trainer import Trainer
 
+        self.batch = Batch
         self.trainer = Trainer(self.config.model_copy(update={"data": DataConfig(path=("random",))}), self.model)
 
     def step(self, tokens: Array, targets: Array) -> float:
         """Train on int ``[B,T]``. Returns the loss before."""
-        loss: float = self.trainer.train_step(iter([(tokens, targets)]))["loss"]
+        loss: float = self.trainer.train_step(iter([self.batch(tokens, targets)]))["loss"]
         return loss
 
     def gradients(self, tokens: Array, targets: Array) -> Gradients:

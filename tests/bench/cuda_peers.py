@@ -55,7 +55,7 @@ class OursOnDevice(Ours):
 
     def step(self, tokens: Array, targets: Array) -> None:  # type: ignore[override]
         """Ask for a step on int ``[B,T]``."""
-        self.trainer.train_step(iter([(tokens, targets)]))
+        self.trainer.train_step(iter([self.batch(tokens, targets)]))
 
     def last_loss(self) -> float:
         """That of the last step. Waits for it."""

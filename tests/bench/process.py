@@ -48,7 +48,8 @@ def write_shared(config: Config, path: Path) -> None:
     """Write the first weights and the random tokens of a config, and what the rehearsal needs."""
     from safetensors.numpy import save_file
 
-    from oxidizr_ref.data import BatchLoader, open_data
+    from oxidizr_ref.batch_loader import BatchLoader
+    from oxidizr_ref.data import open_data
     from oxidizr_ref.model import LanguageModel
 
     arrays: dict[str, Array] = {}
@@ -56,7 +57,7 @@ def write_shared(config: Config, path: Path) -> None:
         windows = open_data(part.model_copy(update={"data": part.data.model_copy(update={"path": ("random",)})})).windows
         loader = BatchLoader(windows, 0, part.trainer.batch_size)
         for index in range(BATCHES):
-            arrays[f"{prefix}.tokens.{index}"], arrays[f"{prefix}.targets.{index}"] = next(loader)
+            arrays[f"{prefix}.tokens.{index}"], arrays[f"{prefix}.targets.{index}"], _ = next(loader)
         weights = LanguageModel(part.model, part.trainer.seed).state_dict()
         arrays |= {f"{prefix}.weights.{name}": array for name, array in weights.items()}
     save_file(arrays, path)

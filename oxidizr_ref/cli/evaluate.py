@@ -1,0 +1,161 @@
+"""``oxidizr-ref eval``: how well a model predicts a file, and whether another one does better."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from oxidizr_ref import parallel
+from oxidizr_ref.backend import resolve_device
+from oxidizr_ref.cli.train import Device
+from oxidizr_ref.cli.words import counted
+from oxidizr_ref.data import open_stream
+from oxidizr_ref.errors import UsageError
+from oxidizr_ref.evaluation import Scores, difference, joined, scores, text_bytes, whole_windows
+from oxidizr_ref.interop.opened import Opened, open_model
+from oxidizr_ref.tokenizers import Tokenizer
+
+_DATA, _OUTPUT = "Data", "Output"
+_TOKENS = 4096  # of a batch
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A step file, a run's directory, or a model's directory.")],
+    data: Annotated[
+        list[Path], typer.Option("-d", "--data", metavar="FILE", help="`.bin` tokens or text; several are one stream.")
+    ],
+    compare: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Another model, on the same tokens; which is better?")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens a window (the model's).", rich_help_panel=_DATA)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Windows a batch.", rich_help_panel=_DATA)
+    ] = None,
+    only_responses: Annotated[
+        bool, typer.Option("--only-responses", metavar="", help="As data.loss_on: responses.", rich_help_panel=_DATA)
+    ] = False,
+    apart: Annotated[
+        bool, typer.Option("--documents-apart", metavar="", help="As document_boundaries: reset.", rich_help_panel=_DATA)
+    ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", metavar="", help="The loss by position in the window.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="One JSON object, on stdout.", rich_help_panel=_OUTPUT)
+    ] = False,
+    target_device: Annotated[
+        Device | None, typer.Option(help="Demand a device. Default: a GPU if there is one.", rich_help_panel=_OUTPUT)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Threads (default: all cores).", rich_help_panel=_OUTPUT)
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> int:
+    """Measure loss, perplexity, bits per byte and accuracy on a file that was not trained on.
+
+    --compare gives the difference in loss and its 95% interval, by a paired bootstrap over windows.
+    """
+    del debug  # read by main
+    if threads is not None:
+        parallel.set_threads(threads)
+    device = resolve_device(target_device or "gpu", demanded_by="--target-device gpu" if target_device == "gpu" else None)
+    opened = [open_model(path) for path in (model, compare) if path is not None]
+    tokenizer = _shared_tokenizer(opened)
+    stream, _ = open_stream(data, tokenizer, vocab_size=opened[0].config.vocab_size, seed=0)
+    length = seq_len or min(one.config.max_seq_len for one in opened)
+    measured = []
+    for one in opened:
+        size = batch_size or max(1, _TOKENS // length)
+        batches = [*whole_windows(stream, length, size, only_responses=only_responses, apart=apart)]
+        seen = track(scores(one.model(device), batches, length), one.what, len(batches), console=Console(stderr=True))
+        measured.append(joined(seen if sys.stderr.isatty() else scores(one.model(device), batches, length)))
+    octets = None if only_responses else text_bytes(stream, tokenizer)
+    results = [_result(one.what, found, octets, curve) for one, found in zip(opened, measured, strict=True)]
+    compared = difference(measured[0], measured[1]) if compare is not None else None
+    if as_json:
+        print(json.dumps({"models": results, **({} if compared is None else {"difference": _as_json(compared)})}))
+    else:
+        _print(results, compared)
+    return 0
+
+
+def _shared_tokenizer(opened: list[Opened]) -> Tokenizer:
+    """The tokenizer of all models. Raises UsageError when there are several: losses of other tokens do not compare."""
+    tokenizer = opened[0].its_tokenizer()
+    for one in opened[1:]:
+        if one.its_tokenizer().state() != tokenizer.state():
+            names = f"{opened[0].what} has the tokenizer {tokenizer.name}, {one.what} another ({one.its_tokenizer().name})"
+            raise UsageError(f"{names}: losses of different tokens do not compare; eval each, and see bits per byte")
+    return tokenizer
+
+
+def _result(what: str, found: Scores, octets: int | None, curve: bool) -> dict[str, Any]:
+    loss = found.loss()
+    result: dict[str, Any] = {
+        "model": what,
+        "tokens": found.count,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss * found.count / math.log(2) / octets if octets else None,
+        "accuracy": found.accuracy(1),
+        "accuracy_top5": found.accuracy(5),
+    }
+    return result | ({"loss_by_position": found.by_position()} if curve else {})
+
+
+def _as_json(compared: tuple[float, float, float]) -> dict[str, Any]:
+    mean, low, high = compared
+    return {"loss": mean, "interval": [low, high], "level": 0.95, "method": "paired bootstrap, 10,000 samples"}
+
+
+def _print(results: list[dict[str, Any]], compared: tuple[float, float, float] | None) -> None:
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for letter, result in zip("AB", results, strict=False):
+        name = f"{letter}: {result['model']}" if len(results) > 1 else result["model"]
+        table.add_column(name, justify="right", overflow="fold")
+    rows = {
+        "tokens": lambda r: counted(r["tokens"]),
+        "loss (nats a token)": lambda r: f"{r['loss']:.4f}",
+        "perplexity": lambda r: f"{r['perplexity']:.4g}",
+        "bits per byte": lambda r: "-" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.4f}",
+        "accuracy": lambda r: f"{r['accuracy']:.2%}",
+        "among the 5 likeliest": lambda r: f"{r['accuracy_top5']:.2%}",
+    }
+    for name, shown in rows.items():
+        table.add_row(name, *map(shown, results))
+    console.print(table)
+    if "loss_by_position" in results[0]:
+        _print_curve(console, results)
+    if compared is not None:
+        mean, low, high = compared
+        verdict = "A is better" if high < 0 else "B is better" if low > 0 else "no difference is certain"
+        interval = f"95% interval {low:+.4f} to {high:+.4f}"
+        console.print(f"loss of A - B: {mean:+.4f}, {interval}: {verdict}", highlight=False, soft_wrap=True)
+
+
+def _print_curve(console: Console, results: list[dict[str, Any]]) -> None:
+    """Positions in groups that double: the loss falls fast at first."""
+    table = Table("position", *(letter for letter, _ in zip("AB", results, strict=False)), box=None, pad_edge=False)
+    curves = [result["loss_by_position"] for result in results]
+    low, length = 0, len(curves[0])
+    while low < length:
+        high = min(length, max(low + 1, 2 * low))
+        cells = [[value for value in curve[low:high] if value is not None] for curve in curves]
+        means = [f"{sum(cell) / len(cell):.4f}" if cell else "-" for cell in cells]
+        table.add_row(f"{low + 1}" if high == low + 1 else f"{low + 1} to {high}", *means)
+        low = high
+    console.print(table)

@@ -1,0 +1,144 @@
+"""Text from a model: tokens one after the other, for several prompts at once, each layer with the cache it needs.
+
+All sequences stand at the same position. The first tokens, as many as the shortest prompt has, are taken at once; from then
+on every sequence takes one token a step: from its prompt while that lasts, then the one that is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oxidizr_ref import rng
+from oxidizr_ref.backend import Array, to_device, to_host
+from oxidizr_ref.errors import UsageError
+from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.sampling import Sampling, choose, log_probability
+
+
+@dataclass
+class Continuation:
+    """What a prompt (int64 ``[n]``) was continued with, so far.
+
+    log_probs: nats, of each token by the model itself. finish: why it ended, ``stop`` (an end token, which is not among the
+    tokens, or the caller's own reason) or ``length``; None while it goes on.
+    """
+
+    prompt: NDArray[np.int64]
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Generation:
+    """Continues ``prompts``, each of at least one token, step by step, wherever the model lives.
+
+    ends: tokens that end a sequence. below: only ids below this are drawn (a model may know more than its tokenizer).
+    Attention sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens: token i of sequence b is drawn by
+    random number i of the stream (seed, b). Raises UsageError for an empty prompt.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[NDArray[np.int64]],
+        sampling: Sampling,
+        ends: Collection[int] = (),
+        below: int | None = None,
+    ) -> None:
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise UsageError("a prompt is empty; give at least one token")
+        self.model, self.sampling, self.ends, self.below = model, sampling, frozenset(ends), below
+        self.sequences = [Continuation(np.asarray(prompt, dtype=np.int64)) for prompt in prompts]
+        count = sampling.max_tokens
+        self._draws = [rng.uniform(sampling.seed, "sample", _stream(b), 0, count) for b in range(len(prompts))]
+        self._active = list(range(len(prompts))) if count else []
+        for sequence in self.sequences:
+            sequence.finish = None if count else "length"
+        self._position = min(map(len, prompts))
+        self._cache: list[Any] = []
+        self._next = np.empty(0, dtype=np.int64)  # the tokens that were chosen and not yet shown to the model
+
+    @property
+    def done(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(sequence.finish for sequence in self.sequences)
+
+    def step(self) -> list[int]:
+        """Take one more token of every sequence that has not ended. Returns the numbers of those that were given a new one.
+
+        Raises TrainingError where the logits are not finite.
+        """
+        logits = self._logits()
+        chosen, given = np.empty(len(self._active), dtype=np.int64), []
+        for row, index in enumerate(self._active):
+            sequence = self.sequences[index]
+            if self._position < len(sequence.prompt):
+                chosen[row] = sequence.prompt[self._position]
+                continue
+            chosen[row] = self._draw(index, logits[row, : self.below].astype(np.float64))
+            if sequence.finish != "stop":
+                given.append(index)
+        self._next = chosen
+        self._position += 1
+        return given
+
+    def _draw(self, index: int, logits: NDArray[np.float64]) -> int:
+        sequence, sampling = self.sequences[index], self.sampling
+        seen = np.concatenate([sequence.prompt, np.array(sequence.tokens, dtype=np.int64)])
+        token = choose(logits, seen[seen < logits.size], sampling, float(self._draws[index][len(sequence.tokens)]))
+        if token in self.ends:
+            sequence.finish = "stop"
+            return token
+        sequence.tokens.append(token)
+        sequence.log_probs.append(log_probability(logits, token))
+        if len(sequence.tokens) == sampling.max_tokens:
+            sequence.finish = "length"
+        return token
+
+    def _logits(self) -> NDArray[Any]:
+        """Those of the next token of every sequence that goes on, ``[rows,V]``, on the host."""
+        if not self._cache:
+            first = np.stack([sequence.prompt[: self._position] for sequence in self.sequences])
+            self._cache = self.model.new_cache(len(first))
+            return to_host(self.model.prefill(first, self._cache).data)
+        rows = [row for row, index in enumerate(self._active) if self.sequences[index].finish is None]
+        if len(rows) < len(self._active):
+            self._active, self._next = [self._active[row] for row in rows], self._next[rows]
+            for layer in self._cache:
+                _keep(layer, np.array(rows))
+        return to_host(self.model.step(self._next, self._cache).data)
+
+
+def _stream(index: int) -> str:
+    return "token" if index == 0 else f"token of sequence {index}"
+
+
+def _keep(cache: Any, rows: NDArray[np.int64]) -> None:
+    """Of a layer's cache, the sequences in these rows."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(item) for item in value]
+        return value[to_device(rows, value)] if hasattr(value, "dtype") else value
+
+    for name, value in vars(cache).items():
+        setattr(cache, name, kept(value))
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Array],
+    sampling: Sampling,
+    ends: Collection[int] = (),
+    below: int | None = None,
+) -> list[Continuation]:
+    """Continue every prompt to its end: `Generation`, without looking on."""
+    generation = Generation(model, prompts, sampling, ends, below)
+    while not generation.done:
+        generation.step()
+    return generation.sequences

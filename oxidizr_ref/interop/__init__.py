@@ -1,0 +1,1 @@
+"""Other tools' models and ours: layouts of Hugging Face, packages, the hub."""

@@ -1,0 +1,236 @@
+"""From blocks of bytes to documents, each in pieces that are short enough to be encoded on their own.
+
+A document of plain text is cut where the vocabularies in use cut as well (behind a line end that stands between two other
+signs), so that the tokens of its pieces are the tokens of the whole. Where a piece ends depends on the document alone, not
+on how its bytes arrived.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from oxidizr_ref.errors import DataError
+from oxidizr_ref.prepare.inputs import Source
+
+#: Characters of a piece, at most (but for the contents of chat messages, which are never cut).
+PIECE = 1 << 18
+
+_ROLES = ("system", "user", "assistant")
+_TEXT, _ANSWER, _CHAT = frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})
+_LAYOUTS_SHOWN = '{"text"}, {"prompt", "response"} or {"messages": [{"role", "content"}]}'
+_NEAR = 1 << 12  # characters searched for a place between two words
+_BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_MOST_BAD = 0.3  # of the characters of a block; more, and it is no text in this encoding
+_BOM = "\ufeff"
+
+
+class Piece(NamedTuple):
+    """A part of a document. response: its tokens are to be learnt (prompts are read only)."""
+
+    text: str
+    response: bool
+    first: bool
+    last: bool
+
+
+@dataclass
+class Reader:
+    """Cuts sources into documents and keeps count of what it met.
+
+    ends: the texts that stand between documents. special_tokens: what may not be cut. replace: put U+FFFD where there is
+    no Unicode, instead of refusing the source. left_out: keys of JSON lines that were not used.
+    """
+
+    ends: tuple[str, ...]
+    special_tokens: Iterable[str]
+    replace: bool = False
+    replaced: int = 0
+    ends_seen: bool = False
+    left_out: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._ends = re.compile("|".join(map(re.escape, self.ends)))
+        self._longest_end = max(map(len, self.ends))
+        #: A cut looks at this many characters.
+        self._enough = PIECE + 1 + max(map(len, self.special_tokens), default=0)
+
+    def documents(self, source: Source, blocks: Iterable[bytes], jsonl: bool) -> Iterator[Piece]:
+        """The documents of a source in its order, in pieces. Documents of white space alone are left out.
+
+        Raises DataError naming the source, and the line or offset, for what is no UTF-8 or no document.
+        """
+        texts = self._decoded(source, blocks)
+        return self._of_lines(source, texts) if jsonl else self._of_text(texts)
+
+    # --- characters
+
+    def _decoded(self, source: Source, blocks: Iterable[bytes]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace" if self.replace else "strict")
+        offset, line = 0, 1
+        for block in _and_the_end(blocks):
+            if (at := block.find(b"\0")) >= 0:
+                advice = "it looks binary, or is UTF-16; give text in UTF-8"
+                raise DataError(f"{source.name}: has a NUL byte at offset {offset + at}; {advice}")
+            pending = decoder.getstate()[0]
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(source, pending + block, offset - len(pending), line, error) from None
+            if self.replace and "\ufffd" in text:
+                octets = (pending + block).removesuffix(decoder.getstate()[0])
+                bad = text.count("\ufffd") - octets.count("\ufffd".encode())
+                self.replaced += bad
+                if bad > _MOST_BAD * len(text):
+                    raise _looks_binary(source)
+            if offset == 0:
+                text = text.removeprefix(_BOM)
+            offset += len(block)
+            line += text.count("\n")
+            yield text
+
+    # --- documents of text
+
+    def _of_text(self, texts: Iterable[str]) -> Iterator[Piece]:
+        rest, first = "", True
+        for text in texts:
+            *whole, rest = self._ends.split(rest + text)
+            self.ends_seen |= bool(whole)
+            for document in whole:
+                yield from self._last_pieces(document, first)
+                first = True
+            # What may be the beginning of an end is no reason to cut: where a piece ends depends on the document alone.
+            while len(rest) >= self._enough + self._longest_end:
+                at = self._place_to_cut(rest)
+                yield Piece(rest[:at], True, first, False)
+                rest, first = rest[at:], False
+        yield from self._last_pieces(rest, first)
+
+    def _last_pieces(self, rest: str, first: bool) -> Iterator[Piece]:
+        if first and (not rest or rest.isspace()):
+            return
+        while len(rest) >= self._enough:
+            at = self._place_to_cut(rest)
+            yield Piece(rest[:at], True, first, False)
+            rest, first = rest[at:], False
+        yield Piece(rest, True, first, True)
+
+    def _place_to_cut(self, text: str) -> int:
+        """Behind the last line end within `PIECE` that stands between two signs; else between two words, else anywhere."""
+        at = text.rfind("\n", 1, PIECE)
+        while at > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + 1
+            at = text.rfind("\n", 1, at)
+        for match in reversed(list(_BETWEEN_WORDS.finditer(text, PIECE - _NEAR, PIECE))):
+            return match.end()
+        at = PIECE
+        for token in self.special_tokens:
+            within = text.find(token, at - len(token) + 1, at + len(token) - 1)
+            at = within if within >= 0 else at
+        return at
+
+    # --- documents a line
+
+    def _of_lines(self, source: Source, texts: Iterable[str]) -> Iterator[Piece]:
+        for number, line in enumerate(_lines(texts), 1):
+            if line and not line.isspace():
+                yield from self._of_line(f"{source.name}, line {number}", line)
+
+    def _of_line(self, place: str, line: str) -> Iterator[Piece]:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: is no JSON ({error}); mend or remove the line") from None
+        layouts = [keys for keys in (_TEXT, _ANSWER, _CHAT) if isinstance(entry, dict) and keys <= entry.keys()]
+        if len(layouts) != 1:
+            keys = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "is no object"
+            raise DataError(f"{place}: {keys}; a document is {_LAYOUTS_SHOWN}")
+        if len(entry) > len(layouts[0]):
+            self.left_out.update(entry.keys() - layouts[0])
+        if layouts == [_TEXT]:
+            yield from self._of_text([self._string(place, line, entry, "text")])
+            return
+        if layouts == [_CHAT]:
+            messages = [*self._messages(place, line, entry["messages"])]
+        else:
+            given = [("user", "prompt"), ("assistant", "response")]
+            messages = [(role, self._string(place, line, entry, key)) for role, key in given]
+        parts = _chat([*messages[:-1], (messages[-1][0], self._without_end(messages[-1][1]))])
+        for i, (text, response) in enumerate(parts):
+            yield Piece(text, response, i == 0, i == len(parts) - 1)
+
+    def _messages(self, place: str, line: str, messages: Any) -> Iterator[tuple[str, str]]:
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{place}: messages is no list, or is empty; a document is {_LAYOUTS_SHOWN}")
+        for message in messages:
+            if not isinstance(message, dict) or message.get("role") not in _ROLES:
+                role = repr(message.get("role")) if isinstance(message, dict) else "none"
+                raise DataError(f"{place}: a message has the role {role}; there are {', '.join(_ROLES)}")
+            self.left_out.update(f"messages.{key}" for key in message.keys() - {"role", "content"})
+            yield message["role"], self._string(place, line, message, "content")
+
+    def _string(self, place: str, line: str, entry: Mapping[str, Any], key: str) -> str:
+        text = entry.get(key)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{place}: {key} is {'no string' if key in entry else 'missing'}; a document is {_LAYOUTS_SHOWN}"
+            )
+        if "\\u" in line:  # only escapes can make what is no Unicode
+            cleaned, bad = _SURROGATES.subn("\ufffd", text)
+            if bad and not self.replace:
+                raise DataError(f"{place}: {key} has half a surrogate pair; mend the line, or give --errors replace")
+            self.replaced += bad
+            return cleaned
+        return text
+
+    def _without_end(self, text: str) -> str:
+        for end in self.ends:
+            text = text.removesuffix(end)
+        return text
+
+
+def _chat(messages: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Prompts and responses in turn, in oxidizr's layout: ``<|user|>question<|assistant|>`` and ``answer``."""
+    parts, prompt = [], ""
+    for role, content in messages:
+        prompt += f"<|{role}|>"
+        if role == "assistant":
+            parts += [(prompt, False), (content, True)]
+            prompt = ""
+        else:
+            prompt += content
+    return [*parts, (prompt, False)] if prompt else parts
+
+
+def _and_the_end(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    yield from blocks
+    yield b""
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for text in texts:
+        *whole, rest = (rest + text).split("\n")
+        yield from whole
+    yield rest
+
+
+def _not_utf8(source: Source, octets: bytes, offset: int, line: int, error: UnicodeDecodeError) -> DataError:
+    text = octets.decode(errors="replace")
+    if text.count("\ufffd") > _MOST_BAD * len(text):
+        return _looks_binary(source)
+    place = f"offset {offset + error.start} (line {line + octets[: error.start].count(10)})"
+    advice = "save the text as UTF-8, or give --errors replace"
+    return DataError(f"{source.name}: the byte 0x{octets[error.start]:02x} at {place} is not UTF-8; {advice}")
+
+
+def _looks_binary(source: Source) -> DataError:
+    return DataError(
+        f"{source.name}: looks binary, or is text in another encoding: most of it is not UTF-8; convert it to UTF-8 first"
+    )
