@@ -18,7 +18,7 @@ class Sampling:
     repetition_penalty: divides positive logits of tokens that occurred, and multiplies negative ones (Keskar et al. 2019).
     temperature: divides the logits; 0 takes the likeliest token. top_k: only so many of the likeliest (0: all).
     top_p: of these, only the likeliest that together have this probability (Holtzman et al. 2020). min_p: only those at
-    least so probable, as a part of the likeliest one's probability (Nguyen et al. 2024). seed: equal seeds draw equal tokens.
+    least so probable, as a part of the likeliest one's probability (Nguyen et al. 2024). seed: equal seeds, equal tokens.
     """
 
     max_tokens: int = 256

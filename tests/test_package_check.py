@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.errors import CheckpointError
+from oxidizr_ref.interop.hugging_face import write_pretrained
 from oxidizr_ref.interop.package_check import check_package, package_files, safe_member
 from oxidizr_ref.model import LanguageModel
 
@@ -228,6 +229,15 @@ def test_tensors_that_config_json_does_not_call_for_or_does_and_are_not_there(wh
     problems = "\n".join(check_package(whole))
     assert "lacks tensors norm.weight" in problems and "has tensors stray.weight" in problems
     assert "embed_tokens.weight [259, 16] instead of [260, 16]" in problems
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 20_000])
+def test_a_layout_of_hugging_face_is_checked_against_its_config(whole: Path, max_shard_bytes: int | None) -> None:
+    (whole / "model.safetensors").unlink()
+    write_pretrained(whole, ModelConfig(**tiny.MODEL), weights(), max_shard_bytes=max_shard_bytes)
+    assert check_package(whole) == []
+    change_json(whole / "config.json", num_hidden_layers=2)
+    assert only_problem(whole).startswith("config.json: unlike its model, the package lacks tensors model.layers.1.")
 
 
 def test_a_config_of_which_no_model_can_be_made(whole: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_package_arrives_whole_in_one_commit_and_its_address_is_printed(push: 
     assert (result.code, result.out) == (0, f"{server.url}/{REPO}\n")
     repo = server.repos[REPO]
     assert repo.files() == files_of(place / PACKAGE)
-    assert repo.messages[1:] == [f"Push model with oxidizr-ref {pushing.__version__}"] and not repo.private
+    assert repo.messages[1:] == [f"Upload with oxidizr-ref {pushing.__version__}"] and not repo.private
     assert repo.tree()["model.safetensors"].lfs and not repo.tree()["config.json"].lfs
     assert server.leaks == []
     assert "7 files" in result.err and f"from {PACKAGE} to {REPO} (public, new), branch main" in result.err
@@ -339,6 +339,17 @@ def test_a_repository_that_is_not_there_or_somebody_else_s(push: Push, server: H
     assert "--create-repo makes what is missing" in push("--repo", "stranger/model").error
     assert "may not do this (403" in push("--repo", "stranger/model", "--create-repo").error
     assert server.repos["stranger/model"].files() == {}
+
+
+def test_a_file_that_goes_away_meanwhile(push: Push, server: Hub, place: Path) -> None:
+    server.add(REPO)
+    server.requests.clear()
+    with mock.patch.object(cli_push, "package_files", return_value=["config.json"]) as listed:
+        listed.side_effect = lambda directory: [(directory / "config.json").unlink(), ["README.md", "config.json"]][1]
+        with mock.patch.object(cli_push, "_show"):
+            result = push()
+    assert result.code == 1 and "config.json" in result.error and "ValueError" in result.error
+    assert changes(server) == [] and not (place / PACKAGE / "config.json").exists()
 
 
 def test_no_network(push: Push) -> None:

@@ -215,7 +215,7 @@ class Contents:
         return all(isinstance(self.metadata.get(key), list if key == "lineage" else dict) for key in JSON_KEYS)
 
     def kinds(self) -> dict[str, list[str]]:
-        """Names of tensors by what they are: ``weights``, ``optimizer.<slot>`` and ``rng``; sorted."""
+        """Names of tensors by what they are: ``weights``, ``optimizer.<slot>``, ``rng``, ``tokenizer``; sorted."""
         found: dict[str, list[str]] = {}
         for name in sorted(self.numbers):
             found.setdefault(kind_of(name), []).append(name)
@@ -268,11 +268,11 @@ def look_into(path: Path) -> Contents:
 
 
 def kind_of(name: str) -> str:
-    """``optimizer.<slot>``, ``rng``, or ``weights`` for everything else."""
+    """``optimizer.<slot>``, ``rng``, ``tokenizer``, or ``weights`` for everything else."""
     first, _, rest = name.partition(".")
     if first == "optimizer" and rest:
         return f"optimizer.{rest.partition('.')[0]}"
-    return "rng" if first == "rng" and rest else "weights"
+    return first if first in ("rng", "tokenizer") and rest else "weights"
 
 
 def parsed_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:

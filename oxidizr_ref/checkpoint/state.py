@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from oxidizr_ref.backend import Array
 from oxidizr_ref.checkpoint.format import Checkpoint
 from oxidizr_ref.checkpoint.header import FORMAT_VERSION
@@ -22,6 +24,7 @@ from oxidizr_ref.transfers import HostCopies
 from oxidizr_ref.version import NUMERICS_VERSION
 
 _OPTIMIZER = "optimizer."
+_TOKENIZER = "tokenizer.json"  # the tensor that holds the text of that file, where a tokenizer was made of one
 
 #: What `--allow-mismatch` takes.
 ALLOWABLE = ("seed", "data", "dtype")
@@ -41,7 +44,7 @@ class RunState:
     windows_an_epoch  only to derive and compare ``epoch``                   data.Windows
     config            the keys that determine the bits, seed included        config.Config
     data              digest and length of the token stream                  data.TokenStream
-    tokenizer         name, digest, vocabulary: text can be made again       tokenizers
+    tokenizer         name, digest, vocabulary: text can be made again       tokenizers.Tokenizer
     fingerprint       the machine class                                      fingerprint
     lineage           earlier changes of config, data or machine class       this file
     loss_scale        f16 on a device: the scale and its counts, else None   loss_scale.LossScale
@@ -88,7 +91,9 @@ def to_file(state: RunState) -> tuple[HostCopies, dict[str, str]]:
 
 def tensors_of(state: RunState) -> dict[str, Array]:
     """The arrays of a file by name, where they live."""
-    return {**state.weights, **{_OPTIMIZER + name: array for name, array in state.optimizer.items()}}
+    text = state.tokenizer.get("json")
+    file = {} if text is None else {_TOKENIZER: np.frombuffer(text.encode(), dtype=np.uint8).copy()}
+    return {**state.weights, **{_OPTIMIZER + name: array for name, array in state.optimizer.items()}, **file}
 
 
 def metadata_of(state: RunState) -> dict[str, str]:
@@ -100,7 +105,7 @@ def metadata_of(state: RunState) -> dict[str, str]:
         "progress": canonical_json(state.progress()),
         "config": canonical_json(state.config),
         "data": canonical_json(state.data),
-        "tokenizer": canonical_json(state.tokenizer),
+        "tokenizer": canonical_json({key: value for key, value in state.tokenizer.items() if key != "json"}),
         "fingerprint": canonical_json(state.fingerprint),
         "lineage": canonical_json(state.lineage),
     }
@@ -113,8 +118,10 @@ def from_file(file: Checkpoint, where: object) -> RunState:
             raise ValueError("a format version that never was")
         parts = {key: _of_the_right_kind(key, json.loads(file.metadata[key])) for key in _FIELDS}
         progress = parts.pop("progress")
+        if _TOKENIZER in file.tensors:
+            parts["tokenizer"]["json"] = file.tensors[_TOKENIZER].tobytes().decode()
         state = RunState(
-            weights={name: array for name, array in file.tensors.items() if not name.startswith(_OPTIMIZER)},
+            weights={n: a for n, a in file.tensors.items() if n != _TOKENIZER and not n.startswith(_OPTIMIZER)},
             optimizer={n.removeprefix(_OPTIMIZER): a for n, a in file.tensors.items() if n.startswith(_OPTIMIZER)},
             step=int(progress["step"]),
             cursor=int(progress["cursor"]),

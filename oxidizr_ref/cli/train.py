@@ -14,8 +14,8 @@ import typer
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device, use_device
-from oxidizr_ref.checkpoint.format import read_header
-from oxidizr_ref.checkpoint.state import ALLOWABLE
+from oxidizr_ref.checkpoint.format import load, read_header
+from oxidizr_ref.checkpoint.state import ALLOWABLE, from_file
 from oxidizr_ref.checkpoint.store import existing
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
@@ -264,8 +264,8 @@ def _config(source: str | None, resume: str | None, settings: list[str], flags: 
 
 
 def _tokenizer_in(path: Path) -> Tokenizer:
-    state = json.loads(read_header(existing(path, path.parent)).metadata["tokenizer"])
-    return tokenizer_from_state(state)
+    path = existing(path, path.parent)
+    return tokenizer_from_state(from_file(load(path), path).tokenizer)
 
 
 def _config_of(other: Opened, settings: list[str], flags: dict[str, str]) -> Config:

@@ -14,8 +14,7 @@ from oxidizr_ref.backend import STORAGE_DTYPES
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.contents import file_meant
 from oxidizr_ref.checkpoint.format import Checkpoint
-from oxidizr_ref.checkpoint.header import MAX_METADATA_BYTES
-from oxidizr_ref.checkpoint.state import RunState, from_file, metadata_of
+from oxidizr_ref.checkpoint.state import RunState, from_file, to_file
 from oxidizr_ref.checkpoint.store import CheckpointStore, check_name
 from oxidizr_ref.config import Config, DataConfig, ModelConfig, TrainerConfig
 from oxidizr_ref.errors import DataError, UsageError
@@ -28,8 +27,6 @@ from oxidizr_ref.tokenizer_libraries import JSON_NAME
 from oxidizr_ref.tokenizers import ByteTokenizer, get_tokenizer, tokenizer_from_state
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
-
-_ROOM = 1 << 18  # characters of metadata beside the tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _save(
         lineage=[{"imported_from": {**origin, "tokenizer": "none" if tokenizer is None else tokenizer["name"]}}],
     )
     disk.make_directory(target.absolute().parent)
-    format.save(target, stored, metadata_of(state))
+    format.save(target, *to_file(state))
     return Converted(origin["family"], model, _count(weights), state.tokenizer["name"], [target], notes)
 
 
@@ -185,11 +182,7 @@ def _tokenizer_state(directory: Path, vocab_size: int, notes: list[str]) -> dict
         return None
     if tokenizer.vocab_size > vocab_size:
         notes.append(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model up to {vocab_size - 1}")
-    state = tokenizer.state()
-    if len(state.get("json", "")) > MAX_METADATA_BYTES - _ROOM:
-        notes.append(f"{given} is too large for a checkpoint: keep it, and name it when it is needed")
-        del state["json"]
-    return state
+    return tokenizer.state()
 
 
 def _tokenizer_texts(state: RunState, model: ModelConfig, notes: list[str]) -> tuple[dict[str, str], int | None]:

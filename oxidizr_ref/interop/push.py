@@ -137,11 +137,13 @@ class Hub:
             self._ask(lambda: self._api.create_repo(repo, private=target.private), repo)
         if target.commit is None and branch != "main":
             self._ask(lambda: self._api.create_branch(repo, branch=branch), repo)
-        files = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=directory / name) for name in names]
-        message = f"Push {directory.name} with oxidizr-ref {__version__}"
-        made = self._ask(
-            lambda: self._api.create_commit(repo, files, commit_message=message, revision=branch), f"{repo}, branch {branch}"
-        )
+
+        def commit() -> Any:
+            files = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=directory / name) for name in names]
+            message = f"Upload with oxidizr-ref {__version__}"
+            return self._api.create_commit(repo, files, commit_message=message, revision=branch)
+
+        made = self._ask(commit, f"{repo}, branch {branch}")
         where = "" if branch == "main" else f"/tree/{branch}"
         return f"{_endpoint()}/{repo}{where}", made.oid != target.commit
 

@@ -5,6 +5,7 @@ The files depend on the documents, the tokenizer and the seed alone, not on thre
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,7 +128,7 @@ class _Run:
         made = [*writer.family(self.train), *writer.family(self.validation)]
         if self.options.train_bpe is not None:
             made.append(self.vocabulary)
-        there = [path for path in made if disk.exists(path)]
+        there = [path for path in made if os.path.lexists(path)]
         if there and not self.options.overwrite:
             raise UsageError(f"{there[-1]}: is there already; give --overwrite to replace it, or another -o")
 
