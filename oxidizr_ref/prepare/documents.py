@@ -26,7 +26,7 @@ _LAYOUTS_SHOWN = '{"text"}, {"prompt", "response"} or {"messages": [{"role", "co
 _NEAR = 1 << 12  # characters searched for a place between two words
 _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_MOST_BAD = 0.3  # of the characters of a block; more, and it is no text in this encoding
+_MOST_BAD, _FEW_BAD = 0.3, 3  # of the characters of a block; more than both, and it is no text in this encoding
 _BOM = "\ufeff"
 
 
@@ -86,7 +86,7 @@ class Reader:
                 octets = (pending + block).removesuffix(decoder.getstate()[0])
                 bad = text.count("\ufffd") - octets.count("\ufffd".encode())
                 self.replaced += bad
-                if bad > _MOST_BAD * len(text):
+                if bad > _FEW_BAD + _MOST_BAD * len(text):
                     raise _looks_binary(source)
             if offset == 0:
                 text = text.removeprefix(_BOM)
@@ -223,7 +223,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 def _not_utf8(source: Source, octets: bytes, offset: int, line: int, error: UnicodeDecodeError) -> DataError:
     text = octets.decode(errors="replace")
-    if text.count("\ufffd") > _MOST_BAD * len(text):
+    if text.count("\ufffd") > _FEW_BAD + _MOST_BAD * len(text):
         return _looks_binary(source)
     place = f"offset {offset + error.start} (line {line + octets[: error.start].count(10)})"
     advice = "save the text as UTF-8, or give --errors replace"
