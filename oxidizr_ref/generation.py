@@ -17,6 +17,7 @@ from oxidizr_ref import rng
 from oxidizr_ref.backend import Array, to_device, to_host
 from oxidizr_ref.errors import UsageError
 from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.nn import checked_ids
 from oxidizr_ref.sampling import Sampling, choose, log_probability
 
 
@@ -24,11 +25,12 @@ from oxidizr_ref.sampling import Sampling, choose, log_probability
 class Continuation:
     """What a prompt (int64 ``[n]``) was continued with, so far.
 
-    log_probs: nats, of each token by the model itself. finish: why it ended, ``stop`` (an end token, which is not among the
-    tokens, or the caller's own reason) or ``length``; None while it goes on.
+    ends: tokens that end it. log_probs: nats, of each token by the model itself. finish: why it ended, ``stop`` (an end
+    token, which is not among the tokens, or the caller's own reason) or ``length``; None while it goes on.
     """
 
     prompt: NDArray[np.int64]
+    ends: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish: str | None = None
@@ -37,9 +39,10 @@ class Continuation:
 class Generation:
     """Continues ``prompts``, each of at least one token, step by step, wherever the model lives.
 
-    ends: tokens that end a sequence. below: only ids below this are drawn (a model may know more than its tokenizer).
-    Attention sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens: token i of sequence b is drawn by
-    random number i of the stream (seed, b). Raises UsageError for an empty prompt.
+    ends: tokens that end a sequence; the caller may give one more of its own. below: only ids below this are drawn (a model
+    may know more than its tokenizer). Attention sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens:
+    token i of sequence b is drawn by random number i of the stream (seed, b). Raises UsageError for an empty prompt, and
+    DataError for an id outside the vocabulary.
     """
 
     def __init__(
@@ -52,9 +55,13 @@ class Generation:
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise UsageError("a prompt is empty; give at least one token")
-        self.model, self.sampling, self.ends, self.below = model, sampling, frozenset(ends), below
-        self.sequences = [Continuation(np.asarray(prompt, dtype=np.int64)) for prompt in prompts]
-        count = sampling.max_tokens
+        self.model, self.sampling, self.below = model, sampling, below
+        vocabulary, count = model.config.vocab_size, sampling.max_tokens
+        ids = [checked_ids(prompt, vocabulary, "prompt: token").astype(np.int64) for prompt in prompts]
+        self.sequences = [Continuation(prompt, frozenset(ends)) for prompt in ids]
+        self._occurred = np.zeros((len(ids), vocabulary), dtype=np.bool_)
+        for row, prompt in zip(self._occurred, ids, strict=True):
+            row[prompt] = True
         self._draws = [rng.uniform(sampling.seed, "sample", _stream(b), 0, count) for b in range(len(prompts))]
         self._active = list(range(len(prompts))) if count else []
         for sequence in self.sequences:
@@ -88,12 +95,13 @@ class Generation:
         return given
 
     def _draw(self, index: int, logits: NDArray[np.float64]) -> int:
-        sequence, sampling = self.sequences[index], self.sampling
-        seen = np.concatenate([sequence.prompt, np.array(sequence.tokens, dtype=np.int64)])
-        token = choose(logits, seen[seen < logits.size], sampling, float(self._draws[index][len(sequence.tokens)]))
-        if token in self.ends:
+        sequence, sampling, occurred = self.sequences[index], self.sampling, self._occurred[index]
+        draw = float(self._draws[index][len(sequence.tokens)])
+        token = choose(logits, np.flatnonzero(occurred[: logits.size]), sampling, draw)
+        if token in sequence.ends:
             sequence.finish = "stop"
             return token
+        occurred[token] = True
         sequence.tokens.append(token)
         sequence.log_probs.append(log_probability(logits, token))
         if len(sequence.tokens) == sampling.max_tokens:

@@ -123,6 +123,12 @@ class JsonTokenizer:
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
+    @cached_property
+    def begin_of_text(self) -> int | None:
+        """The token that the file's template would put before a text, where it has such a template."""
+        encoding = self._core.encode("a")
+        return int(encoding.ids[0]) if encoding.special_tokens_mask[:1] == [1] else None
+
     def encode(self, text: str) -> NDArray[np.uint32]:
         """The ids of ``text``, uint32 ``[tokens]``. Raises DataError for half a surrogate pair."""
         return self.encode_batch([text])[0]

@@ -126,7 +126,7 @@ HOST_CALLS = {
         **dict.fromkeys(("flatnonzero", "divmod", "isin", "count_nonzero", "quantile"), "places and counts, on the host"),
         **dict.fromkeys(("arange", "exp", "log", "take_along_axis", "where"), "of logits that were sent to the host"),
     },
-    "generation.py": dict.fromkeys(("asarray", "array", "empty", "stack", "concatenate"), "tokens, on the host"),
+    "generation.py": dict.fromkeys(("array", "empty", "flatnonzero", "stack", "zeros"), "tokens, on the host"),
     "model.py": {"flatnonzero": "the targets that are learned, on the host"},
     "autograd.py": {"asarray": "a Python number or list becomes a host tensor"},
     "nn.py": {

@@ -6,8 +6,10 @@ import json
 import math
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +21,12 @@ from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.chat import ROLES, Message, chat_prompt
 from oxidizr_ref.cli.train import Device
-from oxidizr_ref.cli.words import of
-from oxidizr_ref.errors import UsageError
+from oxidizr_ref.cli.words import of, printable
+from oxidizr_ref.errors import DataError, OxidizrError, UsageError
 from oxidizr_ref.generation import Continuation, Generation
-from oxidizr_ref.interop.opened import open_model
-from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.interop.opened import Opened, open_model
 from oxidizr_ref.sampling import Sampling
 from oxidizr_ref.text_stream import TextStream
-from oxidizr_ref.tokenizers import Tokenizer
 
 _PROMPT, _DRAWING, _OUTPUT = "Prompt", "Drawing", "Output"
 _DEFAULT = Sampling()
@@ -103,23 +103,29 @@ def generate(
     if threads is not None:
         parallel.set_threads(threads)
     asked = [*_asked(prompt or [], prompts, user, system)]
+    conversing = not asked and sys.stdin is not None and sys.stdin.isatty()
+    if conversing and as_json:
+        raise UsageError("--json needs a prompt: give --prompt, --prompts or --user, or a text on stdin")
+    if system is not None and user is None and not conversing:
+        raise UsageError("--system begins a conversation: give --user with it, or no prompt at all on a terminal")
     opened = open_model(model)
     for notice in opened.notices:
-        print(notice, file=sys.stderr)
-    tokenizer = opened.its_tokenizer()
+        print(printable(notice), file=sys.stderr)
+    opened.its_tokenizer()  # refuses before the work
     device = resolve_device(target_device or "gpu", demanded_by="--target-device gpu" if target_device == "gpu" else None)
-    begin = [] if raw or opened.begin is None else [opened.begin]
-    writer = _Writer(opened.model(device), tokenizer, sampling, tuple(stop or ()), begin, logprobs)
-    if not asked and sys.stdin.isatty():
+    writer = _Writer(opened, device, sampling, tuple(stop or ()), raw, logprobs)
+    if conversing:
         _converse(writer, system, opened.what)
-    elif as_json:
-        for answer in writer.answers(asked or [sys.stdin.read()]):
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return 0
+    asked = asked or [_text_on_stdin()]
+    if as_json:
+        for answer in writer.answers(asked):
+            print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()), flush=True)
     elif len(asked) > 1:
         for number, answer in enumerate(writer.answers(asked), 1):
             print(f"--- {number}\n{_shown(answer['text'])}", flush=True)
     else:
-        writer.stream(asked[0] if asked else sys.stdin.read())
+        writer.stream(asked[0])
     return 0
 
 
@@ -140,12 +146,14 @@ def _asked(texts: list[str], file: Path | None, user: str | None, system: str | 
 
 def _prompts_in(path: Path) -> Iterator[_Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # only these end a line: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path}: cannot be read ({error}); give a file of UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _prompt_of(line, f"--prompts {path}, line {number}") if path.suffix == ".jsonl" else line
+    there = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not there:
+        raise UsageError(f"--prompts {path}: holds no prompt; give one a line")
+    for number, line in there:
+        yield _prompt_of(line, f"--prompts {path}, line {number}") if path.suffix == ".jsonl" else line
 
 
 def _prompt_of(line: str, where: str) -> _Prompt:
@@ -162,20 +170,22 @@ def _prompt_of(line: str, where: str) -> _Prompt:
     return messages
 
 
+def _text_on_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except (AttributeError, UnicodeDecodeError) as error:  # it is closed; or bytes that are no text
+        raise UsageError(f"stdin: cannot be read ({error}); give UTF-8 text, or --prompt TEXT") from None
+
+
 class _Writer:
     """A model with all that is needed to write with it."""
 
     def __init__(
-        self,
-        model: LanguageModel,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        stops: tuple[str, ...],
-        begin: list[int],
-        log_probs: bool,
+        self, opened: Opened, device: str, sampling: Sampling, stops: tuple[str, ...], raw: bool, log_probs: bool
     ) -> None:
-        self.tokenizer, self.sampling = tokenizer, sampling
-        self._model, self._stops, self._begin, self._log_probs = model, stops, begin, log_probs
+        self.tokenizer, self.sampling, self._ends = opened.its_tokenizer(), sampling, opened.ends
+        self._model, self._stops, self._log_probs = opened.model(device), stops, log_probs
+        self._begin = [] if raw or opened.begin is None else [opened.begin]
 
     @property
     def chats(self) -> bool:
@@ -184,43 +194,54 @@ class _Writer:
 
     def answers(self, asked: list[_Prompt]) -> Iterator[dict[str, Any]]:
         """What each prompt is answered with, in their order, all drawn side by side."""
-        ids = [self._ids(prompt) for prompt in asked]
-        generation = self._generation(ids, any(isinstance(prompt, list) for prompt in asked), self.sampling)
+        generation = self._generation(asked, self.sampling)
+        ids = [sequence.prompt for sequence in generation.sequences]
         texts = [TextStream(self.tokenizer, self._stops, prompt.tolist()) for prompt in ids]
         while not generation.done:
             for index in generation.step():
                 self._push(generation.sequences[index], texts[index])
         for prompt, sequence, text in zip(asked, generation.sequences, texts, strict=True):
             text.close()
+            sequence.finish = "stop" if text.stopped else sequence.finish
             shown = prompt if isinstance(prompt, str) else [message._asdict() for message in prompt]
             answer = {"prompt": shown, "text": text.text, "tokens": sequence.tokens, "finish": sequence.finish}
             yield answer | ({"logprobs": sequence.log_probs} if self._log_probs else {})
 
     def stream(self, prompt: _Prompt, turn: int = 0) -> str:
-        """Answer a prompt on stdout, piece by piece. Ctrl-C ends the answer of a conversation. Returns it."""
-        sampling = Sampling(**{**vars(self.sampling), "seed": self.sampling.seed + turn})
-        ids = self._ids(prompt)
-        generation = self._generation([ids], isinstance(prompt, list), sampling)
-        (sequence,), text = generation.sequences, TextStream(self.tokenizer, self._stops, ids.tolist())
+        """Answer a prompt on stdout, piece by piece. turn: how many answers of a conversation came before. Returns it."""
+        sampling = replace(self.sampling, seed=(self.sampling.seed + turn) % 2**64)
+        generation = self._generation([prompt], sampling)
+        (sequence,) = generation.sequences
+        text = TextStream(self.tokenizer, self._stops, sequence.prompt.tolist())
         began = time.perf_counter()
         while not generation.done:
             for _ in generation.step():
                 print(_shown(self._push(sequence, text)), end="", flush=True)
         print(_shown(text.close()), flush=True)
+        finish = "stop" if text.stopped else sequence.finish
         seconds = time.perf_counter() - began
         rate = f"{of(len(sequence.tokens), 'token')} in {seconds:.2f} s ({len(sequence.tokens) / seconds:.0f} a second)"
         if self._log_probs and sequence.log_probs:
             mean = math.fsum(sequence.log_probs) / len(sequence.log_probs)
             rate += f", mean log-probability {mean:.3f} nats"
-        print(f"[{rate}, ended by {sequence.finish}]", file=sys.stderr, flush=True)
+        print(f"[{rate}, ended by {finish}]", file=sys.stderr, flush=True)
         return text.text
 
-    def _generation(self, ids: list[NDArray[np.int64]], chat: bool, sampling: Sampling) -> Generation:
-        special, end = self.tokenizer.special_tokens, self.tokenizer.end_of_text
-        ends = [] if end is None else [end]
-        if chat:
-            ends += [special[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in special]
-        return Generation(self._model, ids, sampling, ends, self.tokenizer.vocab_size)
+    def _generation(self, asked: list[_Prompt], sampling: Sampling) -> Generation:
+        """Raises DataError for what cannot be encoded, naming the prompt where there are several."""
+        ids = []
+        for number, prompt in enumerate(asked, 1):
+            try:
+                ids.append(self._ids(prompt))
+            except DataError as error:
+                raise DataError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
+        generation = Generation(self._model, ids, sampling, self._ends, self.tokenizer.vocab_size)
+        special = self.tokenizer.special_tokens
+        roles = {special[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in special}
+        for prompt, sequence in zip(asked, generation.sequences, strict=True):
+            if isinstance(prompt, list):  # an answer ends where somebody else begins to speak
+                sequence.ends |= roles
+        return generation
 
     def _push(self, sequence: Continuation, text: TextStream) -> str:
         piece = text.push(sequence.tokens[-1])
@@ -242,7 +263,7 @@ def _converse(writer: _Writer, system: str | None, what: str) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 - input() uses it
     way = "Say something" if writer.chats else "Begin a text"
-    print(f"{what}. {way}; Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    print(printable(f"{what}. {way}; Ctrl-C stops an answer, /new forgets what was said, Ctrl-D ends."), file=sys.stderr)
     first = [] if system is None else [Message("system", system)]
     messages, turn = list(first), 0
     while True:
@@ -254,6 +275,9 @@ def _converse(writer: _Writer, system: str | None, what: str) -> None:
         except KeyboardInterrupt:
             print()
             continue
+        except UnicodeDecodeError as error:
+            print(f"error: no UTF-8 ({error.reason}); say it again", file=sys.stderr)
+            continue
         if line.strip() == "/new":
             messages = list(first)
             continue
@@ -262,8 +286,10 @@ def _converse(writer: _Writer, system: str | None, what: str) -> None:
         messages.append(Message("user", line))
         try:
             said = writer.stream(messages if writer.chats else line, turn)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OxidizrError) as error:  # as if it had not been asked
             print()
+            if isinstance(error, OxidizrError):
+                print(f"error: {printable(str(error))}", file=sys.stderr)
             messages.pop()
             continue
         messages.append(Message("assistant", said))
@@ -272,6 +298,9 @@ def _converse(writer: _Writer, system: str | None, what: str) -> None:
 
 def _shown(text: str) -> str:
     """What a young model of bytes says may be a command to the terminal."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if _is_harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text) if sys.stdout.isatty() else text
+
+
+def _is_harmless(c: str) -> bool:
+    """Printable, a space of any width, or one of the joiners that Indic and Persian words and some emoji are made with."""
+    return c.isprintable() or c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device, use_device
 from oxidizr_ref.checkpoint.format import load, read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE, from_file
-from oxidizr_ref.checkpoint.store import existing
+from oxidizr_ref.checkpoint.store import CheckpointStore, existing
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
@@ -174,11 +175,10 @@ def train(
         run_config = _config(config, resume, settings or [], flags)
     if other is not None:
         _must_be_the_same_model(run_config, other)
-    # What a file without a path beside it was tokenized with is in the model, or the checkpoint, itself.
-    tokenizer = None
-    if config is None and run_config.data.tokenizer == JSON_NAME:
-        tokenizer = other.tokenizer if other is not None else _tokenizer_in(Path(resume or ""))
+    tokenizer = _given_tokenizer(run_config, config is None, resume, other)
     reporter = make_reporter(headless)
+    if other is not None and not run_config.data.is_random:
+        _tell_of_another_tokenizer(run_config, other, reporter)
     demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
     device = _device(run_config, demanded_by, gpus, reporter)
     if threads is not None:
@@ -263,9 +263,39 @@ def _config(source: str | None, resume: str | None, settings: list[str], flags: 
     return config
 
 
+def _given_tokenizer(config: Config, is_its_own: bool, resume: str | None, other: Opened | None) -> Tokenizer | None:
+    """The tokenizer inside the model or the checkpoint that the run begins with; None where the config says enough.
+
+    It does not of a tokenizer.json, when the config itself came from there (``is_its_own``), nor of characters: those of
+    another text would have other ids.
+    """
+    name = config.data.tokenizer
+    if not (name == "char" or (is_its_own and name == JSON_NAME)):
+        return None
+    found = None
+    if other is not None:
+        found = other.tokenizer
+    elif resume == "auto":
+        store = CheckpointStore(Path(config.trainer.checkpoint_dir))
+        for step in reversed(store.steps()):
+            with suppress(CheckpointError):  # what is damaged is passed over, and told, later
+                found = _tokenizer_in(store.path(step))
+                break
+    elif resume is not None:
+        found = _tokenizer_in(Path(resume))
+    return found if found is not None and found.name == name else None
+
+
 def _tokenizer_in(path: Path) -> Tokenizer:
     path = existing(path, path.parent)
     return tokenizer_from_state(from_file(load(path), path).tokenizer)
+
+
+def _tell_of_another_tokenizer(config: Config, other: Opened, reporter: Reporter) -> None:
+    here, there = config.data.tokenizer, None if other.tokenizer is None else other.tokenizer.name
+    if there != (JSON_NAME if here.endswith(".json") else here):
+        known = "has no tokenizer beside it" if there is None else f"has the tokenizer {there}"
+        reporter.notice(f"warning: {other.what} {known}; text is read with {here}, whose ids may mean something else")
 
 
 def _config_of(other: Opened, settings: list[str], flags: dict[str, str]) -> Config:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oxidizr_ref.backend import Array
+import numpy as np
+
+from oxidizr_ref.backend import STORAGE_DTYPES, Array, place
 from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.interop.pack import open_package
-from oxidizr_ref.interop.source import choose
-from oxidizr_ref.interop.weight_files import digest_of, read_json
+from oxidizr_ref.interop.source import Source, choose
+from oxidizr_ref.interop.weight_files import digest_of, must_fit, read_json
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.tokenizer_libraries import JsonTokenizer
+from oxidizr_ref.tokenizer_libraries import JSON_NAME, JsonTokenizer
 from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 
 
@@ -24,30 +27,35 @@ from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 class Opened:
     """A model that was found, and proved whole where its file can tell.
 
-    tokenizer: None where nothing says which. begin: the token that begins documents, for such a model. what: in a few
-    words. lineage: of a run that begins with it.
-    data: digest and length of what it was trained on, where that is known. notices: what the user should know.
+    tokenizer: None where nothing says which. begin: the token that begins documents, for such a model; ends: those that end
+    them. what: in a few words. lineage: of a run that begins with it. data: digest and length of what it was trained on,
+    where that is known. notices: what the user should know.
     """
 
     config: ModelConfig
     weights: Mapping[str, Array]
     tokenizer: Tokenizer | None
     begin: int | None
+    ends: frozenset[int]
     what: str
     lineage: list[dict[str, Any]]
     data: Mapping[str, Any]
     notices: tuple[str, ...] = ()
 
     def model(self, device: str = "cpu") -> LanguageModel:
-        """The model, ready to compute on a device."""
-        model = LanguageModel(self.config, 0, device)
+        """The model, ready to compute on a device. Raises DataError for weights that are not those of its config."""
+        model = LanguageModel(self.config, seed=None)
+        parameters = dict(model.named_parameters())
+        must_fit(self.weights, {name: p.full_shape for name, p in parameters.items()}, self.what)
+        for p in parameters.values():  # first weights that nobody sees need not be drawn
+            p.data = place(np.empty(p.full_shape, dtype=STORAGE_DTYPES[self.config.dtype]), device)
         model.load_state_dict(self.weights)
         return model
 
     def its_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises DataError where nothing says which it is."""
         if self.tokenizer is None:
-            raise DataError(f"{self.what}: has no tokenizer beside it; add its tokenizer.json")
+            raise DataError(f"{self.what}: nothing says what its tokenizer is; put its {JSON_NAME} beside it")
         return self.tokenizer
 
 
@@ -58,31 +66,83 @@ def open_model(path: Path) -> Opened:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory; give a step file, a run's directory, or a model's")
-    if path.is_dir() and not CheckpointStore(path).steps() and disk.exists(path / "config.json"):
+    if not path.is_dir():
+        # A name such as `latest` or `7` would be another wish than a file.
+        return _of_step_file(choose(path.parent, os.path.join(os.curdir, path)))
+    config = path / "config.json"
+    if not CheckpointStore(path).steps() and disk.exists(config) and "trainer" not in read_json(config):
         return _of_package(path)
-    source = choose(path, "latest") if path.is_dir() else choose(path.parent, str(path))
-    state, tokenizer = source.state, tokenizer_from_state(source.state.tokenizer)
-    imported = any("imported_from" in line for line in state.lineage)
+    return _of_step_file(choose(path, "latest"))
+
+
+def _of_step_file(source: Source) -> Opened:
+    state, what = source.state, f"{source.path} (step {source.state.step})"
+    try:
+        tokenizer = _tokenizer_of(source)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
     return Opened(
         source.config.model,
         state.weights,
         tokenizer,
-        None if imported else tokenizer.end_of_text,
-        f"{source.path} (step {state.step})",
+        _begin(tokenizer, state.lineage),
+        _ends(tokenizer),
+        what,
         [*state.lineage, {"init_from": state.origin()}],
         state.data,
         tuple(source.notices),
     )
 
 
+def _tokenizer_of(source: Source) -> Tokenizer | None:
+    """The one in the file; of a model that was imported without one, that of the file beside it."""
+    state, beside = source.state, source.path.with_name(JSON_NAME)
+    if _is_imported(state.lineage) and state.lineage[-1]["imported_from"].get("tokenizer") == "none":
+        return JsonTokenizer.from_file(beside) if disk.exists(beside) else None
+    return tokenizer_from_state(state.tokenizer)
+
+
 def _of_package(path: Path) -> Opened:
     package = open_package(path)
-    json = path / "tokenizer.json"
+    json, training = path / JSON_NAME, path / "training_config.json"
     tokenizer = package.tokenizer or (JsonTokenizer.from_file(json) if disk.exists(json) else None)
-    files = sorted(file for file in path.iterdir() if file.name.endswith((".safetensors", "config.json")))
     if package.tokenizer is not None:
-        begin = package.tokenizer.end_of_text
+        begin = _begin(tokenizer, read_json(training).get("lineage", []) if disk.exists(training) else [])
     else:
-        begin = read_json(path / "config.json").get("bos_token_id") if tokenizer is not None else None
+        begin = _begin_of_template(tokenizer)
+    files = sorted(file for file in path.iterdir() if file.name.endswith((".safetensors", "config.json")))
     lineage = [{"init_from": {"digest": digest_of(files)}}]
-    return Opened(package.config, package.weights, tokenizer, begin, str(path), lineage, {})
+    ends = _ends(tokenizer, _ends_named_in(path))
+    return Opened(package.config, package.weights, tokenizer, begin, ends, str(path), lineage, {})
+
+
+# --- where texts begin and end ----------------------------------------------------------------------------------------
+
+
+def _begin(tokenizer: Tokenizer | None, lineage: list[dict[str, Any]]) -> int | None:
+    """Here documents stand one behind the other, each ended by a token. Others may have trained otherwise."""
+    if _is_imported(lineage):
+        return _begin_of_template(tokenizer)
+    return None if tokenizer is None else tokenizer.end_of_text
+
+
+def _is_imported(lineage: list[dict[str, Any]]) -> bool:
+    """Whether a model is as it came from elsewhere, not trained here yet."""
+    return bool(lineage) and "imported_from" in lineage[-1]
+
+
+def _begin_of_template(tokenizer: Tokenizer | None) -> int | None:
+    return tokenizer.begin_of_text if isinstance(tokenizer, JsonTokenizer) else None
+
+
+def _ends(tokenizer: Tokenizer | None, named: Any = None) -> frozenset[int]:
+    """The token that ends documents, and those that a file of Hugging Face's names: one or a list."""
+    own = None if tokenizer is None else tokenizer.end_of_text
+    return frozenset(i for i in (own, *(named if isinstance(named, list) else [named])) if type(i) is int)
+
+
+def _ends_named_in(directory: Path) -> Any:
+    """What the files of a directory say that a text ends with, as transformers looks for it."""
+    files = [directory / name for name in ("generation_config.json", "config.json")]
+    found = [read_json(file).get("eos_token_id") for file in files if disk.exists(file)]
+    return next((named for named in found if named is not None), None)
