@@ -49,6 +49,16 @@ def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampl
 
     Equally likely tokens stand in the order of their ids. Raises TrainingError for logits that are not finite.
     """
+    tokens, weights = candidates(logits, seen, sampling)
+    sums = np.cumsum(weights)
+    place = np.searchsorted(sums, draw * sums[-1], side="right").clip(max=len(weights) - 1)
+    return int(tokens[place])
+
+
+def candidates(
+    logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampling
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that may be drawn, and numbers in proportion to which they are; 0 is never. Otherwise as `choose`."""
     if not np.isfinite(logits).all():
         raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
     if sampling.repetition_penalty != 1.0:
@@ -56,16 +66,14 @@ def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampl
         some = logits[seen]
         logits[seen] = np.where(some > 0, some / sampling.repetition_penalty, some * sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return int(np.argmax(logits))
+        return np.array([np.argmax(logits)]), np.array([1.0])
     tokens = _likeliest(logits, sampling)
     weights = np.exp((logits[tokens] - logits[tokens].max()) / sampling.temperature)
     if sampling.top_p < 1:
         shares = np.cumsum(weights) / weights.sum()
         weights = weights[: 1 + np.searchsorted(shares, sampling.top_p)]
     weights = np.where(weights >= sampling.min_p, weights, 0.0)  # the likeliest weighs 1
-    sums = np.cumsum(weights)
-    place = np.searchsorted(sums, draw * sums[-1], side="right").clip(max=len(weights) - 1)
-    return int(tokens[place])
+    return tokens[: len(weights)], weights
 
 
 def _likeliest(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:

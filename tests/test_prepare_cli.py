@@ -76,7 +76,7 @@ def test_directories_and_globs_are_read_in_the_order_of_their_paths_and_the_rest
     assert text_of().split("<|endoftext|>") == [
         *("e/1.txt;", "e/2.txt;", "e/sub/4.txt;", "d/a/z.txt;", "d/a.md;", "d/b.txt;", "x;", "y;", ""),
     ]
-    assert "skipped 3 files, by the ending of their names" in capsys.readouterr().err
+    assert "files skipped for the ending of their names: 3\n" in capsys.readouterr().err
     meta = read_meta(Path("out.bin"))
     assert meta is not None and meta.sources[:4] == ("1.txt", "2.txt", "4.txt", "z.txt")
 
@@ -155,7 +155,7 @@ def test_what_is_no_unicode_is_replaced_and_counted_if_asked(capsys: pytest.Capt
     write("b.jsonl", b'{"text": "a \\ud800 b \\ud83d\\ude00"}')
     assert tiny.cli("prepare", "a.txt", "b.jsonl", "-o", "out.bin", "--errors", "replace") == 0
     assert text_of().split("<|endoftext|>")[:2] == ["one � two � three �� four �", "a � b 😀"]
-    assert "5 places without valid Unicode became U+FFFD" in capsys.readouterr().err
+    assert "places without valid Unicode that became U+FFFD: 5\n" in capsys.readouterr().err
     meta = read_meta(Path("out.bin"))
     assert meta is not None and meta.replaced == 5
 
@@ -174,6 +174,7 @@ def test_keys_that_are_not_used_are_named_once(capsys: pytest.CaptureFixture[str
     [
         (("absent.txt", "-o", "out.bin"), "absent.txt: no such file, directory or glob"),
         (("*.no", "-o", "out.bin"), "*.no: no such file, directory or glob"),
+        (("*.bin", "-o", "out.bin"), "*.bin: has no file ending in .txt"),
         (("empty", "-o", "out.bin"), "empty: has no file ending in .txt .md .jsonl .json-lines"),
         (("a.txt", "-o", "out"), "-o out: the name must end in .bin; give -o out.bin"),
         (("a.txt", "-o", "no/out.bin"), "-o no/out.bin: there is no directory no; make it first"),

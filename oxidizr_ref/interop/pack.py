@@ -107,7 +107,10 @@ def _tokenizer_in(directory: Path) -> Tokenizer | None:
     state = read_json(directory / STATE_FILE)
     if state.get("name") == JSON_NAME:
         state["json"] = disk.read(directory / JSON_NAME).decode()
-    return tokenizer_from_state(state)
+    try:
+        return tokenizer_from_state(state)
+    except DataError as error:
+        raise DataError(f"{directory / STATE_FILE}: {error}") from None
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from oxidizr_ref.chat import ROLES, Message, chat_parts
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.prepare.inputs import Source
 
 #: Characters of a piece, at most (but for the contents of chat messages, which are never cut).
 PIECE = 1 << 18
 
-_ROLES = ("system", "user", "assistant")
 _TEXT, _ANSWER, _CHAT = frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})
 _LAYOUTS_SHOWN = '{"text"}, {"prompt", "response"} or {"messages": [{"role", "content"}]}'
 _NEAR = 1 << 12  # characters searched for a place between two words
@@ -160,20 +160,21 @@ class Reader:
             messages = [*self._messages(place, line, entry["messages"])]
         else:
             given = [("user", "prompt"), ("assistant", "response")]
-            messages = [(role, self._string(place, line, entry, key)) for role, key in given]
-        parts = _chat([*messages[:-1], (messages[-1][0], self._without_end(messages[-1][1]))])
+            messages = [Message(role, self._string(place, line, entry, key)) for role, key in given]
+        last = messages[-1]
+        parts = chat_parts([*messages[:-1], last._replace(content=self._without_end(last.content))])
         for i, (text, response) in enumerate(parts):
             yield Piece(text, response, i == 0, i == len(parts) - 1)
 
-    def _messages(self, place: str, line: str, messages: Any) -> Iterator[tuple[str, str]]:
+    def _messages(self, place: str, line: str, messages: Any) -> Iterator[Message]:
         if not isinstance(messages, list) or not messages:
             raise DataError(f"{place}: messages is no list, or is empty; a document is {_LAYOUTS_SHOWN}")
         for message in messages:
-            if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
                 role = repr(message.get("role")) if isinstance(message, dict) else "none"
-                raise DataError(f"{place}: a message has the role {role}; there are {', '.join(_ROLES)}")
+                raise DataError(f"{place}: a message has the role {role}; there are {', '.join(ROLES)}")
             self.left_out.update(f"messages.{key}" for key in message.keys() - {"role", "content"})
-            yield message["role"], self._string(place, line, message, "content")
+            yield Message(message["role"], self._string(place, line, message, "content"))
 
     def _string(self, place: str, line: str, entry: Mapping[str, Any], key: str) -> str:
         text = entry.get(key)
@@ -193,19 +194,6 @@ class Reader:
         for end in self.ends:
             text = text.removesuffix(end)
         return text
-
-
-def _chat(messages: list[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Prompts and responses in turn, in oxidizr's layout: ``<|user|>question<|assistant|>`` and ``answer``."""
-    parts, prompt = [], ""
-    for role, content in messages:
-        prompt += f"<|{role}|>"
-        if role == "assistant":
-            parts += [(prompt, False), (content, True)]
-            prompt = ""
-        else:
-            prompt += content
-    return [*parts, (prompt, False)] if prompt else parts
 
 
 def _and_the_end(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -54,19 +54,26 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], int]:
             found.append(Source(STDIN))
         elif path.is_dir():
             paths, others = _below(path)
+            found += _usable(argument, map(_source, paths))
             skipped += others
-            if not paths:
-                raise DataError(f"{path}: has no file ending in {_known_suffixes()}; name the files themselves")
-            found += map(_source, paths)
         elif path.exists():
             found.append(_source(path))
         elif matches := sorted(glob.glob(argument, recursive=True)):
-            inside, others = find_sources([match for match in matches if _is_known(Path(match)) or os.path.isdir(match)])
-            found += inside
-            skipped += others + sum(not _is_known(Path(match)) and not os.path.isdir(match) for match in matches)
+            usable = [match for match in matches if os.path.isdir(match) or _is_known(Path(match))]
+            inside, others = find_sources(usable)
+            found += _usable(argument, inside)
+            skipped += others + len(matches) - len(usable)
         else:
             raise DataError(f"{argument}: no such file, directory or glob; check the path")
     return found, skipped
+
+
+def _usable(argument: str, sources: Iterable[Source]) -> list[Source]:
+    found = list(sources)
+    if not found:
+        known = f"{' '.join(TEXT + JSONL)} (or these with {' or '.join(COMPRESSED)})"
+        raise DataError(f"{argument}: has no file ending in {known}; name the files themselves")
+    return found
 
 
 def _below(directory: Path) -> tuple[list[Path], int]:
@@ -81,10 +88,6 @@ def _raise(error: OSError) -> None:
 
 def _is_known(path: Path) -> bool:
     return Source(str(path)).suffix in TEXT + JSONL
-
-
-def _known_suffixes() -> str:
-    return " ".join(TEXT + JSONL) + f" (or these with {' or '.join(COMPRESSED)})"
 
 
 def _source(path: Path) -> Source:

@@ -145,7 +145,7 @@ class _Run:
             inputs = [str(directory)]
         sources, skipped = find_sources(inputs)
         if skipped:
-            self.reporter.notice(f"skipped {skipped:,} files, by the ending of their names")
+            self.reporter.notice(f"files skipped for the ending of their names: {skipped:,}")
         if reads_twice and any(source.is_stdin for source in sources):
             raise UsageError("standard input can be read only once, and this tokenizer reads it twice; give a file")
         return sources, []
@@ -213,7 +213,7 @@ class _Run:
         yield from _encode_in_order(self._pieces(sources, reader), tokenizer, threads, statistics)
         self.replaced = reader.replaced
         if reader.replaced:
-            self.reporter.notice(f"{reader.replaced:,} places without valid Unicode became U+FFFD")
+            self.reporter.notice(f"places without valid Unicode that became U+FFFD: {reader.replaced:,}")
         if reader.left_out:
             self.reporter.notice(f"keys of JSON lines that were not used: {', '.join(sorted(reader.left_out))}")
 
