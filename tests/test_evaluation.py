@@ -194,4 +194,3 @@ def test_what_cannot_be_evaluated_is_told_in_a_line(
     code = _run([part.format(run=trained / "run", bin=path) for part in argv])
     err = capsys.readouterr().err
     assert code in (1, 2) and words in err and len(err.strip().splitlines()) == 1
-

@@ -20,6 +20,7 @@ from faults import fast_place
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oxidizr_ref.chat import Message, chat_parts
 from oxidizr_ref.data import Source, TokenStream
 from oxidizr_ref.errors import DataError
 from oxidizr_ref.prepare import documents, pipeline, writer
@@ -155,7 +156,7 @@ def test_documents_and_responses_are_those_of_a_plain_reckoning(name: str, chats
     begins: list[int] = []
     for chat in chats:
         begins.append(max(len(ids) - len(end), 0) if begins else 0)
-        parts = [(chat, True)] if isinstance(chat, str) else documents._chat(chat)
+        parts = [(chat, True)] if isinstance(chat, str) else chat_parts([Message(*message) for message in chat])
         after_response = False
         for text, response in parts:
             part = tokenizer.encode(text).tolist()

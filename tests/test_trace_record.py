@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 
 from oxidizr_ref import LanguageModel, Tensor, parallel
 from oxidizr_ref.autograd import no_grad
+from oxidizr_ref.batch_loader import BatchLoader
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.config import Config, TrainerConfig
 from oxidizr_ref.config_keys import DataConfig
-from oxidizr_ref.batch_loader import BatchLoader
 from oxidizr_ref.data import Batch
 from oxidizr_ref.errors import DataError, TraceError, TrainingError
 from oxidizr_ref.fused.register import reference
@@ -295,7 +295,9 @@ class Straight:
     def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
         """Those of the first micro-batch of the next step, which is not done by this."""
         with self.side():
-            loss = self.model.loss(*self.batch()[:2], self.trainer.tokens_a_step, self.trainer.config.trainer.load_balance_alpha)
+            loss = self.model.loss(
+                *self.batch()[:2], self.trainer.tokens_a_step, self.trainer.config.trainer.load_balance_alpha
+            )
             loss.backward()
         parameters = dict(self.model.named_parameters())
         found = {name: np.zeros(p.shape, loss.dtype) if p.grad is None else p.grad for name, p in parameters.items()}
