@@ -86,6 +86,10 @@ class TokenStream:
         """Which of the tokens ``start … stop-1`` belong to responses, bool ``[stop - start]``."""
         return np.concatenate([source.marks.learned(low, high) for source, low, high in self._pieces(start, stop)])
 
+    def learns(self, start: int, stop: int) -> bool:
+        """Whether any of the tokens ``start … stop-1`` belongs to a response."""
+        return any(source.marks.learns(low, high) for source, low, high in self._pieces(start, stop))
+
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Source, int, int]]:
         """The sources of the tokens ``start … stop-1``, and from where to where each has them."""
         if not 0 <= start <= stop <= len(self):
@@ -148,9 +152,8 @@ def open_stream(
     tokenized. No path at all means the bundled corpus. ``char`` takes its vocabulary from all texts together. Where all
     is tokens and the files beside them name a tokenizer, that one counts rather than a name given here.
 
-    Raises DataError for a file that is missing, unreadable, empty or malformed, for an unknown tokenizer or another one
-    than the tokens were made with, and for ``char`` without any text. Token ids are not looked at: call
-    ``check_vocabulary`` before training.
+    Raises DataError for a file that is missing, unreadable, empty or malformed, for a tokenizer that is unknown, not the
+    tokens' own, or ``char`` without any text. Token ids are not looked at: call ``check_vocabulary`` before training.
     """
     loaded = [_load(Path(path), vocab_size, seed) for path in paths or [bundled_corpus()]]
     texts = [content for _, content in loaded if isinstance(content, str)]
@@ -176,20 +179,21 @@ def _tokenizer_called(name: str, loaded: Sequence[tuple[str, Any]], texts: Seque
 
 
 def _made_with(paths: Sequence[Path]) -> Tokenizer | None:
-    """The tokenizer of token files, as the files beside them tell; None when one of them does not."""
+    """The tokenizer of token files, as the files beside them tell; None when none of them does."""
     metas = [read_meta(path) for path in paths]
     states = [None if meta is None else dict(meta.tokenizer) for meta in metas]
     for path, state in zip(paths, states, strict=True):
-        if None not in states and state != states[0]:
-            raise DataError(f"{paths[0]} and {path} were made with different tokenizers; prepare both with one")
-    return None if not states or states[0] is None or None in states else tokenizer_from_state(states[0])
+        if state != states[0]:
+            known = "is known of one of them only" if None in (state, states[0]) else "differs"
+            raise DataError(f"{paths[0]} and {path}: the tokenizer they were made with {known}; prepare both with one")
+    return tokenizer_from_state(states[0]) if states and states[0] is not None else None
 
 
 def _source(name: str, content: str | NDArray[np.uint32], tokenizer: Tokenizer) -> Source:
     if isinstance(content, str):
         tokens = tokenizer.encode(content)
         return Source(name, tokens, marks_of_text(name, tokens, tokenizer.end_of_text))
-    return Source(name, content, marks_of_one_document(name) if name == RANDOM else marks_of_file(Path(name)))
+    return Source(name, content, marks_of_one_document(name, content.size) if name == RANDOM else marks_of_file(Path(name)))
 
 
 def _load(path: Path, vocab_size: int, seed: int) -> tuple[str, str | NDArray[np.uint32]]:
@@ -284,12 +288,19 @@ class Windows:
             raise self._too_short("training part", self._split, "a shorter --seq-len or more data")
         if eval_fraction and not self.eval_windows:
             raise self._too_short("held-out part", held_out, "a shorter --seq-len or another trainer.eval_fraction")
+        if self._only_responses:
+            self._must_be_learned("training part", 0, self.train_windows)
+            self._must_be_learned("held-out part", self._split, self.eval_windows)
 
     def _too_short(self, part: str, tokens: int, advice: str) -> DataError:
         return DataError(
             f"{self._stream.name}: the {part} has {tokens} tokens, but one window needs {self.seq_len + 1} "
             f"(--seq-len, and 1 for the last target); use {advice}"
         )
+
+    def _must_be_learned(self, part: str, begin: int, windows: int) -> None:
+        if windows and not self._stream.learns(begin + 1, begin + windows * self.seq_len + 1):
+            raise DataError(f"{self._stream.name}: the {part} has no response to learn; use data.loss_on: all")
 
     def epoch(self, cursor: int) -> float:
         """How many epochs ``cursor`` consumed windows are."""
@@ -352,10 +363,7 @@ class TrainingData:
 
 
 def open_data(config: Config, tokenizer: Tokenizer | None = None) -> TrainingData:
-    """The data that a config names, checked against it, read with ``tokenizer`` (default: the config's).
-
-    Raises DataError for what cannot be trained on.
-    """
+    """The data a config names, read with ``tokenizer`` (default: the config's). Raises DataError if it cannot be used."""
     m, t = config.model, config.trainer
     paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
     stream, tokenizer = open_stream(paths, tokenizer or config.tokenizer_name(), vocab_size=m.vocab_size, seed=t.seed)
@@ -365,9 +373,19 @@ def open_data(config: Config, tokenizer: Tokenizer | None = None) -> TrainingDat
         facts = stream.facts()
     if facts.largest >= m.vocab_size:
         stream.check_vocabulary(m.vocab_size, max(tokenizer.vocab_size, facts.largest + 1))
+    for source in stream.sources:
+        _must_be_as_prepared(source)
     identity = {"digest": facts.digest, "tokens": len(stream), **_digests_of_marks(stream, config.data)}
     windows = Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle, config.data)
     return TrainingData(stream, tokenizer, windows, identity)
+
+
+def _must_be_as_prepared(source: Source) -> None:
+    """Raise DataError for tokens that are not those which the file beside them tells of."""
+    path = Path(source.name)
+    meta = read_meta(path) if path.suffix == ".bin" else None
+    if meta is not None and data_facts.remembered([path], TokenStream([source]).facts).digest != meta.digest:
+        raise DataError(f"{path}: is not what {path.stem}.meta.json tells of; make both anew with `oxidizr-ref prepare`")
 
 
 def _digests_of_marks(stream: TokenStream, use: DataConfig) -> dict[str, str]:

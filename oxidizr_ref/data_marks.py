@@ -6,6 +6,7 @@ end-of-text token. That token closes a document as a target and, as an input, op
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oxidizr_ref.errors import DataError
-from oxidizr_ref.token_files import open_documents, open_responses
+from oxidizr_ref.token_files import open_documents, open_responses, read_meta
 
 #: The target where nothing is to be learned (PyTorch's ``ignore_index``).
 IGNORED = -100
 
 Finder: TypeAlias = Callable[[], "NDArray[np.uint64] | None"]
 
+_REMAKE = "make the files anew with `oxidizr-ref prepare`"
 _UNKNOWN = {
     "documents": "where documents begin is not known (data.document_boundaries: reset); make the file with "
     "`oxidizr-ref prepare`",
@@ -60,6 +62,12 @@ class Marks:
             marked[max(begin - start, 0) : end - start] = True
         return marked
 
+    def learns(self, start: int, stop: int) -> bool:
+        """Whether any of the tokens ``start … stop-1`` belongs to a response."""
+        spans = self._known("responses").reshape(-1)
+        first = np.searchsorted(spans, np.uint64(start), side="right")
+        return bool(first % 2 or (first < spans.size and spans[first] < stop))
+
     def octets(self, what: str) -> bytes:
         """The little-endian bytes of ``documents`` or ``responses``. Raises DataError when they are not known."""
         return np.ascontiguousarray(self._known(what), dtype="<u8").tobytes()
@@ -76,7 +84,19 @@ class Marks:
 
 def marks_of_file(path: Path) -> Marks:
     """What the files beside a ``.bin`` say. What is asked of it raises DataError when they are damaged."""
-    return Marks(str(path), lambda: open_documents(path), lambda: open_responses(path))
+
+    def finder(what: str, open_: Callable[[Path], NDArray[np.uint64] | None]) -> Finder:
+        def found() -> NDArray[np.uint64] | None:
+            marks, meta = open_(path), read_meta(path)
+            if marks is not None and meta is not None:
+                digest = hashlib.sha256(np.ascontiguousarray(marks, dtype="<u8").data).hexdigest()
+                if digest != getattr(meta, f"{what}_digest"):
+                    raise DataError(f"{path}: its {what} are not those that {path.stem}.meta.json tells of; {_REMAKE}")
+            return marks
+
+        return found
+
+    return Marks(str(path), finder("documents", open_documents), finder("responses", open_responses))
 
 
 def marks_of_text(name: str, tokens: NDArray[np.uint32], end_of_text: int | None) -> Marks:
@@ -89,6 +109,6 @@ def marks_of_text(name: str, tokens: NDArray[np.uint32], end_of_text: int | None
     return Marks(name, documents)
 
 
-def marks_of_one_document(name: str) -> Marks:
+def marks_of_one_document(name: str, tokens: int) -> Marks:
     """A single document, all of it to be learned."""
-    return Marks(name, lambda: np.zeros(1, dtype=np.uint64))
+    return Marks(name, lambda: np.zeros(1, dtype=np.uint64), lambda: np.array([[0, tokens]], dtype=np.uint64))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,18 @@ from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import Array, to_host
 from oxidizr_ref.data import Batch, TokenStream
 from oxidizr_ref.data_marks import IGNORED
-from oxidizr_ref.errors import DataError
+from oxidizr_ref.errors import DataError, TrainingError
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.tokenizers import Tokenizer
+from oxidizr_ref.tokenizers import ByteTokenizer, Tokenizer
 
 _LOGITS = 1 << 22  # looked at together
 _PART = 1 << 20  # tokens decoded together
-_PIECES = 1000  # of a text, for the bootstrap
+_BROKEN, _CHARACTER = "\N{REPLACEMENT CHARACTER}", 4  # what half a character becomes; tokens that may make one
+_PIECES, _FEWEST_PIECES = 1000, 20  # of a text, for the bootstrap
+
+
+#: Of two mean losses: the difference, and the ends of its interval.
+Difference: TypeAlias = tuple[float, tuple[float, float] | None]
 
 
 def mean_loss(model: LanguageModel, batches: Iterable[Batch]) -> float:
@@ -122,6 +127,8 @@ def _of_tokens(model: LanguageModel, batch: Batch, there: NDArray[np.int64]) -> 
             rows = ops.lookup(h, ids=there[low:high])
             logits = to_host(model.logits_of(rows).data).astype(np.float64)
             ids = targets[low:high, None]
+            if not np.isfinite(logits).all():
+                raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
             chosen = np.take_along_axis(logits, ids, axis=1)
             top = logits.max(axis=1, keepdims=True)
             losses[low:high] = (np.log(np.exp(logits - top).sum(axis=1, keepdims=True)) + top - chosen)[:, 0]
@@ -133,15 +140,23 @@ def _of_tokens(model: LanguageModel, batch: Batch, there: NDArray[np.int64]) -> 
 def text_bytes(stream: TokenStream, tokenizer: Tokenizer) -> int:
     """How many bytes of UTF-8 the predicted tokens of a stream (all but the first) are. Special tokens are none."""
     special = np.array(list(tokenizer.special_tokens.values()), dtype=np.uint32)
-    total = 0
-    for low, high in parallel.tiles(len(stream) - 1, _PART):
-        ids = stream.read(1 + low, 1 + high)
-        total += len(tokenizer.decode(ids[~np.isin(ids, special)]).encode())
+    total, low = 0, 1
+    while low < len(stream):
+        high = min(low + _PART, len(stream))
+        if tokenizer.name != ByteTokenizer.name:  # a part must not end within a character
+            while high < len(stream) and tokenizer.decode(stream.read(high - _CHARACTER, high)).endswith(_BROKEN):
+                high += 1
+        ids = stream.read(low, high)
+        text = ids[~np.isin(ids, special)]
+        total += text.size if tokenizer.name == ByteTokenizer.name else len(tokenizer.decode(text).encode())
+        low = high
     return total
 
 
-def difference(a: Scores, b: Scores, seed: int = 0, samples: int = 10_000) -> tuple[float, float, float]:
+def difference(a: Scores, b: Scores, seed: int = 0, samples: int = 10_000) -> Difference:
     """The mean loss of ``a`` minus that of ``b`` on the same tokens, and its 95% interval, nats a token.
+
+    No interval for fewer than 20 windows: too little to tell how much chance there is in the text.
 
     A paired bootstrap (Efron & Tibshirani 1993; Koehn 2004): pieces of the text are drawn anew, with replacement, and both
     models are compared on the same ones. Neighbouring tokens depend on each other, so a piece is a window, or several that
@@ -151,10 +166,12 @@ def difference(a: Scores, b: Scores, seed: int = 0, samples: int = 10_000) -> tu
     pieces = parallel.tiles(len(there), -(-len(there) // _PIECES))
     sums = np.array([np.where(there[i:j], a.losses[i:j] - b.losses[i:j], 0.0).sum() for i, j in pieces])
     counts = np.array([there[i:j].sum() for i, j in pieces])
-    whole = sums.sum() / max(1, counts.sum())
+    whole = float(sums.sum() / max(1, counts.sum()))
+    if np.count_nonzero(counts) < _FEWEST_PIECES:
+        return whole, None
     means = np.empty(samples)
     for sample in range(samples):
         drawn = (rng.uniform(seed, "bootstrap", "pieces", sample, sums.size) * sums.size).astype(np.int64)
         means[sample] = sums[drawn].sum() / max(1, counts[drawn].sum())
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(whole), float(low), float(high)
+    return whole, (float(low), float(high))

@@ -73,7 +73,8 @@ def _mla(m: ModelConfig, B: int, T: int) -> Kept:
     """Both latents (with a norm: before and after it); q and k with their rotated parts; v, output and denominators."""
     n, D, H, HP = B * T, m.hidden_size, m.num_heads, m.num_heads * m.head_dim
     L = m.q_latent_dim + m.kv_latent_dim
-    latents = n * (2 * L + 2) if m.mla_latent_norm else n * L
+    norms = 1 + (m.q_latent_dim > 0)
+    latents = n * (2 * L + norms) if m.mla_latent_norm else n * L
     of_heads = n * (2 * (HP + H * m.d_rope) + 2 * HP + H)
     return Kept(
         _norm(n, D) + latents + of_heads,
@@ -185,6 +186,9 @@ _KEPT: dict[str, Callable[[ModelConfig, int, int], Kept]] = {
 }
 
 
+_MIXING = {"gqa", "mla", "mamba1", "mamba2", "mamba3"}
+
+
 # --- what decoding keeps ----------------------------------------------------------------------------------------------
 
 
@@ -243,6 +247,8 @@ def model_parts(config: Config) -> list[Part]:
 
     def part(layer: int | None, kind: str, parameters: int, idle: int = 0) -> Part:
         kept = _KEPT[kind](m, batch, m.max_seq_len)
+        # Documents kept apart are padded in what mixes along time: by less than twice, by half as a rule.
+        padded = 1.5 if config.data.document_boundaries == "reset" and kind in _MIXING else 1.0
         return Part(
             layer,
             kind,
@@ -251,8 +257,8 @@ def model_parts(config: Config) -> list[Part]:
             parameters * storage.itemsize,
             parameters * compute,
             2 * parameters * moment,
-            kept.size(storage.itemsize, compute),
-            kept.passing * compute,
+            int(padded * kept.size(storage.itemsize, compute)),
+            int(padded * kept.passing) * compute,
             kept.tile * compute,
             _decoding_cache(m, kind),
         )

@@ -147,7 +147,9 @@ class LanguageModel(Module):
         if tokens.ndim != 2:
             raise DataError(f"tokens must have shape [batch, time], not {list(tokens.shape)}")
         h, routings = self.embed_tokens(tokens), [] if routings is None else routings
-        documents = None if begins is None else Documents(begins)
+        if begins is not None and begins.shape != tokens.shape:
+            raise DataError(f"begins have shape {list(begins.shape)}, but the tokens {list(tokens.shape)}")
+        documents = None if begins is None else Documents(host_ids(begins))
         for layer in self.layers:
             h = layer(h, routings, documents)
         return self.norm(h)

@@ -61,6 +61,11 @@ SMALL_PRODUCT = 10_000_000
 #: Rows of a tile of a matrix product: as a rule, and at least. More of them, and BLAS packs its other operand less often.
 ROWS, FEWEST_ROWS = 512, 128
 
+#: Up to so many rows a product with a weight, on whose bits no training hangs, is computed by `few_rows`.
+FEW_ROWS = 32
+#: What BLAS multiplies where it lies, without packing it first (OpenBLAS with AVX-512): elements of the result, operations.
+UNPACKED_RESULT, UNPACKED_PRODUCT = 1 << 10, 1_000_000
+
 Tile = tuple[int, int]
 T = TypeVar("T")
 
@@ -263,6 +268,28 @@ def _run_products(products: list[Product]) -> None:
         xp_of(a).matmul(a, b, out=out)
 
     for_each(len(products), product, like=products[0][0])
+
+
+def are_few(x: Array) -> bool:
+    """Whether `few_rows` is the faster way for these rows ``[m, k]``: of several tokens, and few; a device has its own."""
+    return 1 < x.shape[0] <= FEW_ROWS and not on_device(x)
+
+
+def few_rows(x: Array, weight: Array) -> Array:
+    """``x weightᵀ`` of few rows, one token of each sequence: ``[m, k], [n, k]`` to ``[m, n]``, not C-contiguous.
+
+    As ``(weight xᵀ)ᵀ``, in small pieces where that spares BLAS the packing of a weight that is used for so little. Other
+    bits than those of `matmul`.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    out, piece = xp_of(x).empty((n, m), dtype=x.dtype), min(UNPACKED_RESULT // m, UNPACKED_PRODUCT // (m * k))
+
+    def rows(low: int, high: int) -> None:
+        for i, j in tiles(high - low, piece if piece >= 64 else high - low):
+            xp_of(x).matmul(weight[low + i : low + j], x.T, out=out[low + i : low + j])
+
+    for_tiles(product_tiles(n, m * k), rows)
+    return out.T
 
 
 def add_matmul(out: Array, a: Array, b: Array) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import architectures
 import numpy as np
 import pytest
+from devices import host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oxidizr_ref import ops
+from oxidizr_ref import no_grad, ops, reference
 from oxidizr_ref.checkpoint import load
 from oxidizr_ref.config import Config, DataConfig, load_config
 from oxidizr_ref.data import Source, TokenStream, Windows, open_data
@@ -19,6 +21,7 @@ from oxidizr_ref.data_marks import IGNORED, Marks, marks_of_text
 from oxidizr_ref.errors import DataError, TraceError
 from oxidizr_ref.layers.documents import Documents
 from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.prepare.pipeline import PrepareOptions, prepare
 from oxidizr_ref.run import RunOptions
 from oxidizr_ref.trace.record import record
 from oxidizr_ref.trainer import Trainer
@@ -40,7 +43,7 @@ def test_every_token_stands_in_one_row_behind_its_own_document_and_nothing_else(
     laid_out = np.concatenate([places.reshape(-1) for places in documents.rows])
     np.testing.assert_array_equal(laid_out[documents.back], np.arange(begins.size))
     for places in documents.rows:
-        assert places.shape[1] & (places.shape[1] - 1) == 0
+        assert places.shape[1] in (1, 2, 4, 7)  # powers of two, up to a window
         for row in places:
             assert len(set(number[row])) == 1
             assert (np.diff(row) >= 0).all() and (row[0] == 0 or number[row[0] - 1] != number[row[0]])
@@ -93,6 +96,26 @@ def test_a_change_in_one_document_changes_nothing_in_the_next_one() -> None:
     np.testing.assert_array_equal(model.hidden(tokens, begins=begins).data[0, 6:], before)
 
 
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("architecture", architectures.FEW)
+def test_documents_apart_and_ignored_targets_are_the_same_on_both_devices(architecture: str) -> None:
+    """The loss in nats and every gradient, against the same on the plain side; fused and composed add in another order."""
+    model = architectures.lively_model(architecture)
+    tokens, targets = architectures.batch(shape=(2, 9))
+    begins = np.zeros((2, 9), dtype=bool)
+    begins[0, 3] = begins[1, [1, 7]] = True
+    targets = np.where(np.arange(9) % 3, targets, IGNORED)
+    found: list[dict[str, Any]] = []
+    for side in (nullcontext(), reference()):
+        with side:
+            model.zero_grad()
+            loss = model.loss(tokens, targets, load_balance_alpha=0.1, begins=begins)
+            loss.backward()
+        found.append({"loss": host(loss.data), **{name: host(p.grad) for name, p in model.named_parameters()}})
+    for name, array in found[0].items():
+        np.testing.assert_allclose(array, found[1][name], rtol=0, atol=1e-10 * (np.abs(array).max() + 1e-30), err_msg=name)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "moe"])
 def test_an_ignored_target_adds_nothing_to_loss_and_gradients(architecture: str) -> None:
     model = architectures.lively_model(architecture)
@@ -110,6 +133,17 @@ def test_an_ignored_target_adds_nothing_to_loss_and_gradients(architecture: str)
     for name, p in model.named_parameters():
         assert p.grad is not None
         np.testing.assert_allclose(found[name], p.grad, rtol=0, atol=1e-11 * (np.abs(p.grad).max() + 1e-30), err_msg=name)
+
+
+def test_the_balance_loss_of_a_micro_batch_counts_as_much_as_its_learned_targets() -> None:
+    model = architectures.lively_model("moe")
+    tokens, targets = architectures.batch(shape=(1, 8))
+    some = np.where(np.arange(8) < 2, targets, IGNORED)
+    plain = model.loss(tokens, some, 10).item()
+    routings: list[Any] = []
+    balanced = model.loss(tokens, some, 10, load_balance_alpha=0.5, routings=routings).item()
+    expected = 0.5 * 2 / 10 * sum(routing.balance.item() for routing in routings) / len(routings)
+    assert balanced - plain == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_batch_without_any_target_has_loss_zero_and_zero_gradients() -> None:
@@ -214,13 +248,96 @@ def test_a_run_with_documents_apart_resumes_to_the_same_bytes_and_says_in_its_fi
     assert '"document_boundaries":"reset"' in stored["config"] and '"documents":' in stored["data"]
 
 
-def test_where_documents_begin_changes_the_bits_only_when_it_is_asked_for(tmp_path: Path) -> None:
-    losses = []
-    for index, settings_ in enumerate([(), ("data.document_boundaries=reset",)]):
-        config = run_config(tmp_path, f"checkpoint_dir={tmp_path / str(index)}", *settings_)
-        trainer = Trainer(config, LanguageModel(config.model, 0))
-        losses.append(trainer.train_step(trainer.batches())["loss"])
-    assert losses[0] != losses[1]
+def prepared(directory: Path) -> Path:
+    """A few conversations as tokens, with all that is known of them."""
+    chats = [f'{{"prompt": "{"q" * (n % 7 + 1)}?", "response": "{"a" * (n % 5 + 1)}."}}\n' for n in range(60)]
+    (directory / "chat.jsonl").write_text("".join(chats), "utf-8")
+    path = directory / "chat.bin"
+    prepare(PrepareOptions([str(directory / "chat.jsonl")], path))
+    return path
+
+
+def first_loss(directory: Path, path: Path, *settings: str) -> float:
+    config = load_config("tiny-hybrid", [f"data.path={path}", f"checkpoint_dir={directory / 'run'}", *settings])
+    trainer = Trainer(config, LanguageModel(config.model, 0))
+    return float(trainer.train_step(trainer.batches())["loss"])
+
+
+def test_what_is_marked_changes_the_numbers_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = prepared(tmp_path)
+    (tmp_path / "bare.bin").write_bytes(path.read_bytes())
+    plain = first_loss(tmp_path, path)
+    assert plain == first_loss(tmp_path, tmp_path / "bare.bin")
+    other = [first_loss(tmp_path, path, f"data.{key}") for key in ("document_boundaries=reset", "loss_on=responses")]
+    assert len({plain, *other}) == 3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_on_responses_is_the_mean_over_their_tokens(tmp_path: Path, accumulation: int) -> None:
+    settings = ["data.loss_on=responses", "trainer.load_balance_alpha=0", f"trainer.gradient_accumulation={accumulation}"]
+    config = load_config("tiny-hybrid", [f"data.path={prepared(tmp_path)}", "model.dtype=f64", *settings])
+    trainer = Trainer(config, LanguageModel(config.model, 0))
+    size = config.trainer.batch_size
+    tokens, targets = (
+        np.concatenate(parts)
+        for parts in zip(*(trainer.windows.batch(size * i, size)[:2] for i in range(accumulation)), strict=True)
+    )
+    with no_grad():
+        logits = host(trainer.model(tokens).data)
+    rows = logits[targets != IGNORED]
+    expected = np.mean(np.log(np.exp(rows).sum(axis=1)) - rows[np.arange(len(rows)), targets[targets != IGNORED]])
+    assert 0 < len(rows) < targets.size
+    assert trainer.train_step(trainer.batches())["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("which", ["chat.bin", "chat.documents.u64", "chat.responses.u64"])
+def test_files_that_were_changed_after_they_were_prepared_are_refused(tmp_path: Path, which: str) -> None:
+    path = prepared(tmp_path)
+    octets = bytearray((tmp_path / which).read_bytes())
+    at = 8 if which == "chat.documents.u64" else 0
+    octets[at] += 1
+    (tmp_path / which).write_bytes(octets)
+    keys = ["data.document_boundaries=reset", "data.loss_on=responses"]
+    with pytest.raises(DataError, match="oxidizr-ref prepare"):
+        open_data(load_config("tiny-hybrid", [f"data.path={path}", *keys]))
+
+
+def test_data_without_a_response_to_learn_is_refused(tmp_path: Path) -> None:
+    path = prepared(tmp_path)
+    for part, keys in [("held-out part", ["eval_fraction=0.2"]), ("training part", [])]:
+        (tmp_path / "chat.responses.u64").write_bytes(np.array([1, 2] if keys else [], dtype="<u8").tobytes())
+        (tmp_path / "chat.meta.json").unlink(missing_ok=True)
+        with pytest.raises(DataError, match=f"the {part} has no response to learn"):
+            open_data(load_config("tiny-hybrid", [f"data.path={path}", "data.loss_on=responses", *keys]))
+
+
+def test_files_of_which_only_some_tell_their_tokenizer_are_not_mixed(tmp_path: Path) -> None:
+    path = prepared(tmp_path)
+    (tmp_path / "bare.bin").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="known of one of them only"):
+        open_data(load_config("tiny-hybrid", [f"data.path=[{path}, {tmp_path / 'bare.bin'}]"]))
+
+
+def test_resuming_with_other_marks_names_the_key(tmp_path: Path) -> None:
+    settings = ["save_interval=2", f"data.path={prepared(tmp_path)}", f"checkpoint_dir={tmp_path / 'run'}"]
+    config = load_config("tiny-hybrid", [*settings, "max_steps=2"])
+    Trainer(config, LanguageModel(config.model, 0)).fit()
+    config = load_config("tiny-hybrid", [*settings, "max_steps=3", "data.document_boundaries=reset"])
+    told: list[str] = []
+    trainer = Trainer(config, LanguageModel(config.model, 0), options=RunOptions(resume="auto"))
+    trainer.reporter.notice = told.append  # type: ignore[method-assign]
+    trainer.fit()
+    assert any(line.startswith("config changed at step 2: data.document_boundaries ignore → reset") for line in told)
+
+
+def test_keys_that_old_files_lack_mean_what_these_did() -> None:
+    for experts in (1, 2):
+        config = load_config("tiny-mla-moe", [f"experts_per_tok={experts}"])
+        canonical = config.canonical()
+        assert not {"norm_topk_prob", "mla_q_rope_from"} & canonical["model"].keys()
+        assert Config.from_canonical(canonical).model.norm_topk_prob is (experts > 1)
+        other = load_config("tiny-mla-moe", [f"experts_per_tok={experts}", f"norm_topk_prob={str(experts == 1).lower()}"])
+        assert other.canonical()["model"]["norm_topk_prob"] is (experts == 1)
 
 
 def test_traces_refuse_what_they_could_not_show(tmp_path: Path) -> None:

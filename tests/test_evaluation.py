@@ -15,9 +15,9 @@ from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.cli.main import _run
 from oxidizr_ref.data import Source, TokenStream
 from oxidizr_ref.data_marks import Marks
-from oxidizr_ref.errors import DataError
+from oxidizr_ref.errors import DataError, TrainingError
 from oxidizr_ref.evaluation import Scores, difference, joined, mean_loss, scores, text_bytes, whole_windows
-from oxidizr_ref.tokenizers import ByteTokenizer
+from oxidizr_ref.tokenizers import ByteTokenizer, get_tokenizer
 
 VOCAB = architectures.VOCAB
 
@@ -62,11 +62,17 @@ def test_losses_and_ranks_are_those_of_the_logits(architecture: str, monkeypatch
     assert found.ranks[3, 5:].tolist() == [-1, -1, -1]
 
 
-def test_the_mean_is_the_loss_that_training_reports() -> None:
-    model = architectures.small_model("hybrid")
-    stream = stream_of(50)
-    by_token = joined(scores(model, whole_windows(stream, 8, 3), 8)).loss()
-    assert by_token == pytest.approx(mean_loss(model, whole_windows(stream, 8, 3)), rel=1e-6)
+@pytest.mark.parametrize("options", [{}, {"only_responses": True}, {"apart": True}, {"only_responses": True, "apart": True}])
+def test_the_mean_is_the_loss_that_training_reports(options: dict[str, bool]) -> None:
+    model = architectures.lively_model("hybrid")
+    spans, begins = np.array([[3, 5], [9, 12], [44, 50]], dtype=np.uint64), np.array([0, 6, 46], dtype=np.uint64)
+    stream = stream_of(50, Marks("x", lambda: begins, lambda: spans))  # the last window is a short one
+    found = joined(scores(model, whole_windows(stream, 8, 3, **options), 8))
+    assert found.count == (11 if "only_responses" in options else 49)
+    assert found.loss() == pytest.approx(mean_loss(model, whole_windows(stream, 8, 3, **options)), rel=1e-10)
+    if "apart" in options:
+        alone = joined(scores(model, whole_windows(stream, 8, 3), 8))
+        assert found.losses[5, 7] != alone.losses[5, 7]  # token 48 stands two behind the last begin
 
 
 def test_only_responses_and_documents_apart_are_as_in_training() -> None:
@@ -95,6 +101,28 @@ def test_bytes_are_those_of_the_predicted_text_without_special_tokens(monkeypatc
     monkeypatch.setattr("oxidizr_ref.evaluation._PART", 4)
     tokens = ByteTokenizer().encode("xabc<|endoftext|>def<|user|>g")
     assert text_bytes(TokenStream([Source("x", tokens)]), ByteTokenizer()) == 7
+    halves = ByteTokenizer().encode("éaéé")  # the first token is half a character, and parts end in others
+    assert text_bytes(TokenStream([Source("x", halves)]), ByteTokenizer()) == 6
+    other = get_tokenizer("cl100k_base", None)
+    cut = other.encode("x 🦀🦀日本🦀語 text")
+    expected = len(other.decode(cut[1:]).encode())
+    assert text_bytes(TokenStream([Source("x", cut)]), other) == expected
+
+
+def test_ranks_of_equal_logits_go_by_their_ids() -> None:
+    model = architectures.small_model("llama")
+    for _, parameter in model.named_parameters():
+        parameter.data[...] = 0
+    tokens = np.array([5, 3, 0], dtype=np.uint32)
+    found = joined(scores(model, whole_windows(TokenStream([Source("x", tokens)]), 4, 1), 4))
+    assert found.ranks[0, :2].tolist() == [3, 0]
+
+
+def test_broken_weights_are_told() -> None:
+    model = architectures.small_model("llama")
+    model.norm.weight.data[...] = np.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        joined(scores(model, whole_windows(stream_of(9), 4, 1), 4))
 
 
 def test_a_difference_is_certain_when_it_is_one_and_not_when_it_is_noise() -> None:
@@ -103,20 +131,27 @@ def test_a_difference_is_certain_when_it_is_one_and_not_when_it_is_noise() -> No
     ranks = np.zeros(base.shape, dtype=np.int64)
     noise = drawn.normal(0, 0.5, base.shape)
     a, same, worse = (Scores(base + shift, ranks) for shift in (0, noise - noise.mean(), noise + 0.1))
-    mean, low, high = difference(a, same)
-    assert low < 0 < high and mean == pytest.approx(0, abs=1e-12)
-    mean, low, high = difference(a, worse)
-    assert high < 0 and mean == pytest.approx(-0.1, abs=0.05)
+    mean, interval = difference(a, same)
+    assert interval is not None and interval[0] < 0 < interval[1] and mean == pytest.approx(0, abs=1e-12)
+    mean, interval = difference(a, worse)
+    assert interval is not None and interval[1] < 0 and mean == pytest.approx(-0.1, abs=0.05)
     # The interval is as wide as theory says: 2·1.96 standard errors of the mean over windows.
     width = 2 * 1.96 * (noise + 0.1).mean(axis=1).std(ddof=1) / math.sqrt(200)
-    assert high - low == pytest.approx(width, rel=0.1)
-    assert difference(a, worse) == (mean, low, high)
+    assert interval[1] - interval[0] == pytest.approx(width, rel=0.1)
+    assert difference(a, worse) == (mean, interval)
 
 
 def test_many_windows_are_drawn_in_pieces_of_neighbours() -> None:
-    ranks = np.zeros((2500, 2), dtype=np.int64)
-    a, b = Scores(np.ones((2500, 2)), ranks), Scores(np.zeros((2500, 2)), ranks)
-    assert difference(a, b, samples=50) == (1.0, 1.0, 1.0)
+    """Neighbours that cancel out exactly: drawn together they leave no chance, drawn alone they would."""
+    ranks = np.zeros((3000, 2), dtype=np.int64)
+    a = Scores(np.repeat(np.tile([0.0, 1.0, 2.0], 1000), 2).reshape(3000, 2), ranks)
+    mean, interval = difference(a, Scores(np.zeros((3000, 2)), ranks), samples=50)
+    assert mean == 1.0 and interval == pytest.approx((1.0, 1.0), abs=1e-12)
+
+
+def test_too_little_text_gives_no_interval() -> None:
+    ranks = np.zeros((19, 2), dtype=np.int64)
+    assert difference(Scores(np.ones((19, 2)), ranks), Scores(np.zeros((19, 2)), ranks)) == (1.0, None)
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
@@ -166,6 +201,8 @@ def test_two_models_are_compared_on_the_same_tokens(trained: Path, capsys: pytes
     assert low < found["difference"]["loss"] < high
     same = evaluated(trained, capsys, "--compare", trained / "run")["difference"]
     assert (same["loss"], same["interval"]) == (0.0, [0.0, 0.0])
+    few = evaluated(trained, capsys, "--compare", trained / "run", "--seq-len", 100)["difference"]
+    assert few["interval"] is None
 
 
 def test_tables_are_for_people(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from devices import host
 
 from oxidizr_ref import LanguageModel
 from oxidizr_ref.config import ModelConfig
-from oxidizr_ref.errors import UsageError
+from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.generation import Continuation, Generation, generate
 from oxidizr_ref.sampling import Sampling
 
@@ -135,3 +135,30 @@ def test_an_empty_prompt_is_refused(model: LanguageModel) -> None:
 def test_generating_leaves_no_gradient_and_no_graph_behind(model: LanguageModel) -> None:
     one(model, PROMPT, GREEDY)
     assert all(p.grad is None for _, p in model.named_parameters())
+
+
+def test_an_id_outside_the_vocabulary_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(DataError, match="prompt: token id 50 is outside the vocabulary of 50"):
+        generate(model, [PROMPT, np.array([50])], GREEDY)
+
+
+def test_a_sequence_may_have_ends_of_its_own(model: LanguageModel) -> None:
+    alone = one(model, PROMPT, GREEDY).tokens
+    generation = Generation(model, [PROMPT, PROMPT], GREEDY)
+    generation.sequences[1].ends |= {alone[3]}
+    while not generation.done:
+        generation.step()
+    first, second = generation.sequences
+    assert (first.tokens, first.finish) == (alone, "length")
+    assert (second.tokens, second.finish) == (alone[: alone.index(alone[3])], "stop")
+
+
+def test_tokens_of_the_prompt_and_of_the_text_are_penalized(model: LanguageModel) -> None:
+    tokens = PROMPT.tolist()
+    for _ in range(8):
+        logits = host(model(np.array([tokens[-8:]])).data)[0, -1].astype(np.float64)
+        some = logits[tokens]
+        logits[tokens] = np.where(some > 0, some / 3, some * 3)
+        tokens.append(int(logits.argmax()))
+    assert one(model, PROMPT, Sampling(8, temperature=0, repetition_penalty=3.0)).tokens == tokens[3:]
+    assert tokens[3:] != one(model, PROMPT, GREEDY).tokens

@@ -299,7 +299,7 @@ def test_token_ids_that_mean_nothing_are_refused(tokens: list[Any], message: str
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([[1, -100]], "target id -100"),
+        ([[1, -1]], "target id -1 "),
         ([[1, VOCAB]], f"target id {VOCAB} is outside the vocabulary of {VOCAB}"),
         ([[1]], r"shape \[1, 1\], but the tokens \[1, 2\]"),
         ([[1], [2]], r"shape \[2, 1\]"),

@@ -328,7 +328,7 @@ MISTAKES = {
     "record -f {made}/tiny.yaml -o missing/a.st": "-o missing/a.st: there is no directory missing",
     "record -f {made}/tiny.yaml -o text/a.st": "-o text/a.st: there is no directory text",
     "record -f {made}/tiny.yaml -o .": r"-o \.: is a directory; name a file in it",
-    "record -f {made}/tiny.yaml -o {made}": "made0?: is a directory; name a file in it",
+    "record -f {made}/tiny.yaml -o {made}": r"made\d+?: is a directory; name a file in it",
     RECORD + "--batch none.st": "none.st: no such file",
     RECORD + "--batch text": "text: is not a trace",
     RECORD + "--batch notokens.st": "notokens.st: holds no tensor `tokens`; a batch file has",

@@ -347,9 +347,11 @@ def tiled_functions() -> set[str]:
             walk(ast.parse(path.read_text(encoding="utf-8")), path.relative_to(PACKAGE).as_posix(), (), False)
     # Hashing in chunks of 4 MiB and copying are exact, however they are cut: no run here needs three pieces of each.
     exact = {"data.py:TokenStream.facts", "checkpoint/format.py:describe", "checkpoint/saver.py:Saver._copy"}
+    # Evaluating, preparing and converting are no part of a run either.
+    beside = {name for name in found if name.startswith(("evaluation.py:", "prepare/", "interop/"))}
     # Looking into files is no part of a run, its own tests cut it small; nor is measuring, whose results nobody reads.
     looking = {"checkpoint/contents.py:numbers_of", "checkpoint/difference.py:distance", "bench.py:_Floor.run"}
-    return found - exact - looking
+    return found - exact - looking - beside
 
 
 @contextmanager

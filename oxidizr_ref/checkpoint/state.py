@@ -179,7 +179,7 @@ def continue_from(
     for kind, differs, what in (
         ("seed", _changes(changed, "trainer.seed"), _changes(changed, "trainer.seed")),
         ("dtype", _changes(changed, *_DTYPES), _changes(changed, *_DTYPES)),
-        ("data", _identity(saved) != _identity(here), _describe_data(saved, here)),
+        ("data", not _same_data(saved, here), _describe_data(saved, here)),
     ):
         if differs and kind not in allow:
             way = "give its own with -d FILE, or accept it with" if kind == "data" else "accept it with"
@@ -224,14 +224,19 @@ def _changes(changed: list[tuple[str, Any, Any]], *prefixes: str, but: tuple[str
     return ", ".join(f"{key} {old} → {new}" for key, old, new in chosen)
 
 
-def _identity(state: RunState) -> tuple[Any, ...]:
-    return state.data, state.tokenizer
+def _same_data(saved: RunState, here: RunState) -> bool:
+    """Whether tokens, tokenizer, and what is marked in the tokens are equal, as far as both runs use it: the config says."""
+    both = saved.data.keys() & here.data.keys()
+    return saved.tokenizer == here.tokenizer and all(saved.data[key] == here.data[key] for key in both)
 
 
 def _describe_data(saved: RunState, here: RunState) -> str:
     if saved.tokenizer != here.tokenizer:
         return f"tokenizer {saved.tokenizer['name']} → {here.tokenizer['name']}"
     old, new = saved.data, here.data
+    for marks in ("documents", "responses"):
+        if old["digest"] == new["digest"] and old.get(marks) != new.get(marks):
+            return f"the same tokens, with other {marks}"
     return f"{old['tokens']} tokens of SHA-256 {old['digest'][:12]}… → {new['tokens']} tokens of {new['digest'][:12]}…"
 
 

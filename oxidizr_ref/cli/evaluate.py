@@ -18,8 +18,8 @@ from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.cli.train import Device
 from oxidizr_ref.cli.words import counted
 from oxidizr_ref.data import open_stream
-from oxidizr_ref.errors import UsageError
-from oxidizr_ref.evaluation import Scores, difference, joined, scores, text_bytes, whole_windows
+from oxidizr_ref.errors import DataError, UsageError
+from oxidizr_ref.evaluation import Difference, Scores, difference, joined, scores, text_bytes, whole_windows
 from oxidizr_ref.interop.opened import Opened, open_model
 from oxidizr_ref.tokenizers import Tokenizer
 
@@ -75,12 +75,15 @@ def evaluate(
     tokenizer = _shared_tokenizer(opened)
     stream, _ = open_stream(data, tokenizer, vocab_size=opened[0].config.vocab_size, seed=0)
     length = seq_len or min(one.config.max_seq_len for one in opened)
+    size = batch_size or max(1, _TOKENS // length)
     measured = []
     for one in opened:
-        size = batch_size or max(1, _TOKENS // length)
-        batches = [*whole_windows(stream, length, size, only_responses=only_responses, apart=apart)]
-        seen = track(scores(one.model(device), batches, length), one.what, len(batches), console=Console(stderr=True))
-        measured.append(joined(seen if sys.stderr.isatty() else scores(one.model(device), batches, length)))
+        batches = whole_windows(stream, length, size, only_responses=only_responses, apart=apart)
+        found = scores(one.model(device), batches, length)
+        console = Console(stderr=True, quiet=not sys.stderr.isatty())
+        measured.append(joined(track(found, one.what, -(-len(stream) // (length * size)), console=console)))
+    if not measured[0].count:
+        raise DataError(f"{stream.name}: has no response to predict; leave out --only-responses")
     octets = None if only_responses else text_bytes(stream, tokenizer)
     results = [_result(one.what, found, octets, curve) for one, found in zip(opened, measured, strict=True)]
     compared = difference(measured[0], measured[1]) if compare is not None else None
@@ -115,12 +118,12 @@ def _result(what: str, found: Scores, octets: int | None, curve: bool) -> dict[s
     return result | ({"loss_by_position": found.by_position()} if curve else {})
 
 
-def _as_json(compared: tuple[float, float, float]) -> dict[str, Any]:
-    mean, low, high = compared
-    return {"loss": mean, "interval": [low, high], "level": 0.95, "method": "paired bootstrap, 10,000 samples"}
+def _as_json(compared: Difference) -> dict[str, Any]:
+    mean, interval = compared
+    return {"loss": mean, "interval": interval, "level": 0.95, "method": "paired bootstrap, 10,000 samples"}
 
 
-def _print(results: list[dict[str, Any]], compared: tuple[float, float, float] | None) -> None:
+def _print(results: list[dict[str, Any]], compared: Difference | None) -> None:
     console = Console()
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -141,10 +144,13 @@ def _print(results: list[dict[str, Any]], compared: tuple[float, float, float] |
     if "loss_by_position" in results[0]:
         _print_curve(console, results)
     if compared is not None:
-        mean, low, high = compared
-        verdict = "A is better" if high < 0 else "B is better" if low > 0 else "no difference is certain"
-        interval = f"95% interval {low:+.4f} to {high:+.4f}"
-        console.print(f"loss of A - B: {mean:+.4f}, {interval}: {verdict}", highlight=False, soft_wrap=True)
+        mean, interval = compared
+        chance, verdict = "no interval", "too little text to tell"
+        if interval is not None:
+            low, high = interval
+            verdict = "A is better" if high < 0 else "B is better" if low > 0 else "no difference is certain"
+            chance = f"95% interval {low:+.4f} to {high:+.4f}"
+        console.print(f"loss of A - B: {mean:+.4f}, {chance}: {verdict}", highlight=False, soft_wrap=True)
 
 
 def _print_curve(console: Console, results: list[dict[str, Any]]) -> None:

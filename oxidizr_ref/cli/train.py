@@ -221,7 +221,8 @@ def _run(config: Config, options: RunOptions, reporter: Reporter, device: str, t
 def _sample(trainer: Trainer) -> str:
     """A text the trained model writes, beginning where a document would, or a line: the first character of most texts."""
     tokenizer = trainer.tokenizer
-    prompt = np.array([tokenizer.end_of_text or 0])
+    end = tokenizer.end_of_text
+    prompt = np.array([end if end is not None and end < trainer.config.model.vocab_size else 0])
     sampling = Sampling(_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE)
     (sample,) = generate(trainer.model, [prompt], sampling, below=tokenizer.vocab_size)
     text = tokenizer.decode(sample.tokens).strip()

@@ -59,6 +59,18 @@ class Attention(Function):
         self.logsum = xp.empty((B, K, H // K, T), dtype=q.dtype)
         q_, k_, v_, y_ = _by_head(q, K), _by_head(k, K), _by_head(v, K), _by_head(y, K)
 
+        def one_token(index: int) -> None:
+            at, _ = self.plan.tile(index)
+            k_tile, v_tile = k_[at][:, :, 0], v_[at][:, :, 0]  # where they lie: all of a cache would be copied for one token
+            scores = xp.matmul(q_[at][:, :, :, 0] * scale, k_tile.swapaxes(-1, -2))  # (1)
+            scores -= scores.max(axis=-1, keepdims=True)
+            p = xp.exp(scores, out=scores)
+            y_[at][:, :, :, 0] = xp.matmul(p, v_tile) / row_sums(p)[..., None]  # (4), (3)
+
+        if T == 1 and S > 1 and not any(self.needs):
+            parallel.for_each(self.plan.tiles, one_token, like=q)
+            return y
+
         def heads(index: int) -> None:
             at, blocks = self.plan.tile(index)
             k_tile, v_tile = (xp.ascontiguousarray(x[at][:, :, 0]) for x in (k_, v_))

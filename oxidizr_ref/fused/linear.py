@@ -23,7 +23,8 @@ class Linear(Function):
     def forward(self, x: Array, weight: Array) -> Array:
         self.x, w = product_operands(x.reshape(-1, x.shape[-1]), weight)
         self.weight = weight
-        y = to_compute(parallel.matmul(self.x, w.T))
+        few = parallel.are_few(self.x) and not any(self.needs)
+        y = parallel.few_rows(self.x, w) if few else to_compute(parallel.matmul(self.x, w.T))
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     def backward(self, dy: Array) -> tuple[Array | None, ...]:

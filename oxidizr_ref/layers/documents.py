@@ -2,7 +2,8 @@
 
 The tokens of a batch are laid out anew, a document a row, padded behind its end; what mixes reads the rows, and its outputs
 are put back. Nothing leaks, for attention and every Mamba alike, because they are causal: what stands behind a token changes
-nothing before it. Rows are as long as a power of two, so that a short document is not padded to the longest one's length.
+nothing before it. Rows are as long as a power of two, or as a window, so that a short document is not padded to
+the longest one's length.
 
 Shapes: B batch, T time, D hidden.
 """
@@ -32,7 +33,7 @@ class Documents:
         lengths = np.diff(starts, append=begins.size)
         self.rows: list[np.ndarray[Any, Any]] = []
         self.back, laid_out = np.empty(begins.size, dtype=np.int64), 0
-        sizes = np.left_shift(1, np.ceil(np.log2(lengths)).astype(np.int64))
+        sizes = np.minimum(np.left_shift(1, np.ceil(np.log2(lengths)).astype(np.int64)), begins.shape[1])
         for size in np.unique(sizes).tolist():
             chosen = sizes == size
             offsets = np.arange(size)
