@@ -25,8 +25,9 @@ from oxidizr_ref.sampling import Sampling, choose, log_probability
 class Continuation:
     """What a prompt (int64 ``[n]``) was continued with, so far.
 
-    ends: tokens that end it. log_probs: nats, of each token by the model itself. finish: why it ended, ``stop`` (an end
-    token, which is not among the tokens, or the caller's own reason) or ``length``; None while it goes on.
+    ends: tokens that end it. log_probs: nats, of each token by the model itself, where they are wanted. finish: why it
+    ended, ``stop`` (an end token, which is not among the tokens, or the caller's own reason) or ``length``; None while it
+    goes on.
     """
 
     prompt: NDArray[np.int64]
@@ -52,10 +53,11 @@ class Generation:
         sampling: Sampling,
         ends: Collection[int] = (),
         below: int | None = None,
+        log_probs: bool = False,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise UsageError("a prompt is empty; give at least one token")
-        self.model, self.sampling, self.below = model, sampling, below
+        self.model, self.sampling, self.below, self._log_probs = model, sampling, below, log_probs
         vocabulary, count = model.config.vocab_size, sampling.max_tokens
         ids = [checked_ids(prompt, vocabulary, "prompt: token").astype(np.int64) for prompt in prompts]
         self.sequences = [Continuation(prompt, frozenset(ends)) for prompt in ids]
@@ -103,7 +105,8 @@ class Generation:
             return token
         occurred[token] = True
         sequence.tokens.append(token)
-        sequence.log_probs.append(log_probability(logits, token))
+        if self._log_probs:
+            sequence.log_probs.append(log_probability(logits, token))
         if len(sequence.tokens) == sampling.max_tokens:
             sequence.finish = "length"
         return token
@@ -144,9 +147,10 @@ def generate(
     sampling: Sampling,
     ends: Collection[int] = (),
     below: int | None = None,
+    log_probs: bool = False,
 ) -> list[Continuation]:
     """Continue every prompt to its end: `Generation`, without looking on."""
-    generation = Generation(model, prompts, sampling, ends, below)
+    generation = Generation(model, prompts, sampling, ends, below, log_probs)
     while not generation.done:
         generation.step()
     return generation.sequences

@@ -62,9 +62,9 @@ SMALL_PRODUCT = 10_000_000
 ROWS, FEWEST_ROWS = 512, 128
 
 #: Up to so many rows a product with a weight, on whose bits no training hangs, is computed by `few_rows`.
-FEW_ROWS = 32
+_FEW_ROWS = 32
 #: What BLAS multiplies where it lies, without packing it first (OpenBLAS with AVX-512): elements of the result, operations.
-UNPACKED_RESULT, UNPACKED_PRODUCT = 1 << 10, 1_000_000
+_UNPACKED_RESULT, _UNPACKED_PRODUCT = 1 << 10, 1_000_000
 
 Tile = tuple[int, int]
 T = TypeVar("T")
@@ -272,17 +272,17 @@ def _run_products(products: list[Product]) -> None:
 
 def are_few(x: Array) -> bool:
     """Whether `few_rows` is the faster way for these rows ``[m, k]``: of several tokens, and few; a device has its own."""
-    return 1 < x.shape[0] <= FEW_ROWS and not on_device(x)
+    return 1 < x.shape[0] <= _FEW_ROWS and not on_device(x)
 
 
 def few_rows(x: Array, weight: Array) -> Array:
     """``x weightᵀ`` of few rows, one token of each sequence: ``[m, k], [n, k]`` to ``[m, n]``, not C-contiguous.
 
-    As ``(weight xᵀ)ᵀ``, in small pieces where that spares BLAS the packing of a weight that is used for so little. Other
-    bits than those of `matmul`.
+    As ``(weight xᵀ)ᵀ``, where BLAS copies the rows for its kernel, not the weight, which is so much larger; and in pieces so
+    small that it copies nothing: a half and a third of the time of ``x weightᵀ``. Other bits than those of `matmul`.
     """
     (m, k), n = x.shape, weight.shape[0]
-    out, piece = xp_of(x).empty((n, m), dtype=x.dtype), min(UNPACKED_RESULT // m, UNPACKED_PRODUCT // (m * k))
+    out, piece = xp_of(x).empty((n, m), dtype=x.dtype), min(_UNPACKED_RESULT // m, _UNPACKED_PRODUCT // (m * k))
 
     def rows(low: int, high: int) -> None:
         for i, j in tiles(high - low, piece if piece >= 64 else high - low):

@@ -47,7 +47,7 @@ class Sampling:
 def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampling, draw: float) -> int:
     """A token. logits: float64 ``[V]``; seen: the tokens so far; draw: a uniform number in [0, 1).
 
-    Equally likely tokens stand in the order of their ids. Raises TrainingError for logits that are not finite.
+    Tokens divide [0, 1) among them in the order of their ids. Raises TrainingError for logits that are not finite.
     """
     tokens, weights = candidates(logits, seen, sampling)
     sums = np.cumsum(weights)
@@ -58,7 +58,7 @@ def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampl
 def candidates(
     logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that may be drawn, and numbers in proportion to which they are; 0 is never. Otherwise as `choose`."""
+    """The tokens that may be drawn, ascending, and numbers in proportion to which they are. Otherwise as `choose`."""
     if not np.isfinite(logits).all():
         raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
     if sampling.repetition_penalty != 1.0:
@@ -67,25 +67,23 @@ def candidates(
         logits[seen] = np.where(some > 0, some / sampling.repetition_penalty, some * sampling.repetition_penalty)
     if sampling.temperature == 0:
         return np.array([np.argmax(logits)]), np.array([1.0])
-    tokens = _likeliest(logits, sampling)
-    weights = np.exp((logits[tokens] - logits[tokens].max()) / sampling.temperature)
+    tokens = _largest(logits, sampling.top_k or logits.size)
+    weights = np.exp((logits[tokens] - logits.max()) / sampling.temperature)
     if sampling.top_p < 1:
-        shares = np.cumsum(weights) / weights.sum()
-        weights = weights[: 1 + np.searchsorted(shares, sampling.top_p)]
-    weights = np.where(weights >= sampling.min_p, weights, 0.0)  # the likeliest weighs 1
-    return tokens[: len(weights)], weights
+        shares = np.cumsum(np.sort(weights)[::-1]) / weights.sum()
+        kept = _largest(weights, 1 + int(np.searchsorted(shares, sampling.top_p)))
+        tokens, weights = tokens[kept], weights[kept]
+    return tokens, np.where(weights >= sampling.min_p, weights, 0.0)  # the likeliest weighs 1
 
 
-def _likeliest(logits: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
-    """The tokens to draw from, the likeliest first; all of them in any order where the order says nothing."""
-    every = np.arange(logits.size)
-    if 0 < sampling.top_k < logits.size:
-        least = np.partition(logits, logits.size - sampling.top_k)[logits.size - sampling.top_k]
-        every = np.flatnonzero(logits >= least)
-    elif sampling.top_p == 1:
-        return every
-    order = every[np.argsort(-logits[every], kind="stable")]
-    return order[: sampling.top_k] if sampling.top_k else order
+def _largest(v: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    """The places of the k largest numbers, ascending; of equal ones the first."""
+    if k >= v.size:
+        return np.arange(v.size)
+    least = np.partition(v, v.size - k)[v.size - k]
+    chosen = v > least
+    chosen[np.flatnonzero(v == least)[: k - np.count_nonzero(chosen)]] = True
+    return np.flatnonzero(chosen)
 
 
 def log_probability(logits: NDArray[np.float64], token: int) -> float:

@@ -13,6 +13,7 @@ from unittest import mock
 import devices
 import numpy as np
 import pytest
+import tiny
 from architectures import (
     BATCH,
     FEW,
@@ -28,13 +29,17 @@ from architectures import (
     small_model,
 )
 from devices import host, place
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from oxidizr_ref import LanguageModel, no_grad, reference
+from oxidizr_ref import LanguageModel, no_grad, parallel, reference
 from oxidizr_ref.autograd import Tensor
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.fused import attention
+from oxidizr_ref.fused.linear import linear
 from oxidizr_ref.fused.mamba3 import next_angle, running_angle
+from oxidizr_ref.fused.swiglu import swiglu
 from oxidizr_ref.layers.attention import TokenCache
 from oxidizr_ref.model import AttentionLayer
 
@@ -315,3 +320,53 @@ def test_a_prompt_longer_than_the_window_is_taken_like_tokens_one_by_one(archite
     tokens, _ = batch(shape=(BATCH, 12))
     cache = model.new_cache(BATCH)
     assert relative_error(host(model.prefill(tokens, cache).data), decode(model, tokens)[:, -1]) < 1e-11
+
+
+# --- few rows, and one token, have ways of their own ------------------------------------------------------------------
+
+
+@given(st.integers(2, 32), st.integers(1, 40), st.integers(1, 700), st.integers(0, 9))
+@settings(max_examples=50)
+def test_a_product_of_few_rows_is_the_product(m: int, k: int, n: int, seed: int) -> None:
+    source = np.random.default_rng(seed)
+    x, weight = source.standard_normal((m, k)), source.standard_normal((n, k))
+    assert parallel.are_few(x)
+    np.testing.assert_allclose(parallel.few_rows(x, weight), x @ weight.T, rtol=0, atol=1e-13 * k)
+
+
+def test_a_product_of_few_rows_has_the_same_bits_on_any_number_of_threads() -> None:
+    """In several tiles, each of several pieces, the last one shorter."""
+    source = np.random.default_rng(0)
+    x, weight = (source.standard_normal(shape).astype(np.float32) for shape in ((8, 300), (5003, 300)))
+    found = []
+    for count in (1, 3):
+        with tiny.threads(count):
+            found.append(parallel.few_rows(x, weight).tobytes())
+    assert found[0] == found[1] and len(parallel.product_tiles(5003, 8 * 300)) >= 3
+    np.testing.assert_allclose(parallel.few_rows(x, weight), x @ weight.T, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (4, 1), (40, 1), (1, 1)])
+def test_where_no_gradient_is_wanted_linear_and_swiglu_compute_the_same_to_rounding(rows: tuple[int, int]) -> None:
+    source = np.random.default_rng(0)
+    x = source.standard_normal((*rows, 10))
+    weights = [Tensor(source.standard_normal(shape), requires_grad=True) for shape in ((7, 10), (7, 10), (10, 7))]
+    for op, operands in ((linear, weights[:1]), (swiglu, weights)):
+        trained = op(Tensor(x), *operands)
+        with no_grad():
+            found = op(Tensor(x), *operands)
+        assert found.shape == trained.shape and found.data.dtype == trained.data.dtype
+        np.testing.assert_allclose(found.data, trained.data, rtol=0, atol=1e-12)
+
+
+@on_both
+@pytest.mark.parametrize("keys", [2, 5, 200])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_query_over_many_keys_attends_as_the_reference_does(keys: int, groups: int) -> None:
+    """Keys are views of a longer cache, as decoding has them; large scores, too."""
+    source = np.random.default_rng(0)
+    q = Tensor(place(30 * source.standard_normal((2, 1, 4 * groups, 6))))
+    k, v = (Tensor(place(source.standard_normal((2, keys + 3, 4, width)))[:, :keys]) for width in (6, 5))
+    with no_grad():
+        found = attention.attention(q, k, v, 0.5)
+    assert relative_error(found.data, attention.attention_ref(q, k, v, 0.5).data) < 1e-12

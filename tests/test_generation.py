@@ -51,7 +51,7 @@ def test_a_longer_text_begins_with_the_shorter_one(model: LanguageModel) -> None
 def test_every_kind_of_model_writes_what_its_full_forward_pass_finds_likeliest(architecture: str) -> None:
     model = lively_model(architecture)
     tokens, log_probs = [3, 1, 4, 1, 5], []
-    found = one(model, tokens, GREEDY)
+    found = one(model, tokens, GREEDY, log_probs=True)
     for _ in range(8):
         logits = host(model(np.array([tokens])).data)[0, -1]
         best, second = np.sort(logits)[::-1][:2]

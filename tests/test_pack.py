@@ -27,7 +27,8 @@ from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.cli import pack as cli_pack
 from oxidizr_ref.errors import CheckpointError, UsageError
-from oxidizr_ref.interop.pack import Wishes, bytes_of, open_package, pack
+from oxidizr_ref.interop.opened import open_model
+from oxidizr_ref.interop.pack import Wishes, bytes_of, pack
 from oxidizr_ref.interop.package_check import check_package
 from oxidizr_ref.interop.source import Source, choose
 from oxidizr_ref.interop.tokenizer_files import json_text, tokenizer_files
@@ -77,7 +78,7 @@ def test_a_package_is_whole_and_opens_to_the_same_model(runs: dict[str, tiny.Run
     source = choose(runs[name].directory, "final")
     directory = packed(runs[name], tmp_path / name)
     assert check_package(directory) == []
-    package = open_package(directory)
+    package = open_model(directory)
     assert {n: a.tobytes() for n, a in package.weights.items()} == {n: a.tobytes() for n, a in source.state.weights.items()}
     assert package.tokenizer is not None and package.tokenizer.state() == source.state.tokenizer
     trained = LanguageModel(source.config.model)
@@ -120,7 +121,7 @@ def test_nothing_in_it_tells_of_the_machine_s_directories(runs: dict[str, tiny.R
 def test_weights_can_be_stored_in_another_dtype(runs: dict[str, tiny.Run], tmp_path: Path) -> None:
     for name, run in runs.items():
         directory = packed(run, tmp_path / name, dtype="bfloat16")
-        package = open_package(directory)
+        package = open_model(directory)
         assert package.config.dtype == "bf16" and check_package(directory) == []
         whole = choose(run.directory, "latest").state.weights
         for key, array in package.weights.items():
@@ -143,8 +144,8 @@ def test_weights_can_be_cut_into_shards(runs: dict[str, tiny.Run], tmp_path: Pat
     directory = packed(runs[name], tmp_path / name, max_shard_bytes=20_000)
     shards = sorted(directory.glob("model-*.safetensors"))
     assert len(shards) > 1 and check_package(directory) == []
-    whole = open_package(packed(runs[name], tmp_path / "whole" / name)).weights
-    assert {n: a.tobytes() for n, a in open_package(directory).weights.items()} == {n: a.tobytes() for n, a in whole.items()}
+    whole = open_model(packed(runs[name], tmp_path / "whole" / name)).weights
+    assert {n: a.tobytes() for n, a in open_model(directory).weights.items()} == {n: a.tobytes() for n, a in whole.items()}
 
 
 @pytest.mark.parametrize(("size", "count"), [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("1.5k", 1500), ("7", 7)])

@@ -235,7 +235,7 @@ class _Writer:
                 ids.append(self._ids(prompt))
             except DataError as error:
                 raise DataError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
-        generation = Generation(self._model, ids, sampling, self._ends, self.tokenizer.vocab_size)
+        generation = Generation(self._model, ids, sampling, self._ends, self.tokenizer.vocab_size, self._log_probs)
         special = self.tokenizer.special_tokens
         roles = {special[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in special}
         for prompt, sequence in zip(asked, generation.sequences, strict=True):

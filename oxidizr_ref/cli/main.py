@@ -17,6 +17,7 @@ from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.pack import pack
 from oxidizr_ref.cli.prepare import prepare
 from oxidizr_ref.cli.push import push
+from oxidizr_ref.cli.run_report import report
 from oxidizr_ref.cli.selftest import selftest
 from oxidizr_ref.cli.trace import trace
 from oxidizr_ref.cli.train import train
@@ -44,6 +45,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(verify)
 app.command()(diff)
+app.command()(report)
 app.command()(bench)
 app.command()(selftest)
 app.add_typer(trace, name="trace")

@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from oxidizr_ref.backend import STORAGE_DTYPES, Array, place
+from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, place
 from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.errors import DataError, UsageError
-from oxidizr_ref.interop.pack import open_package
+from oxidizr_ref.interop.hugging_face import read_pretrained
+from oxidizr_ref.interop.layouts import our_shapes
+from oxidizr_ref.interop.model_card import DTYPES
+from oxidizr_ref.interop.pack import OWN_TYPE
 from oxidizr_ref.interop.source import Source, choose
-from oxidizr_ref.interop.weight_files import digest_of, must_fit, read_json
+from oxidizr_ref.interop.tokenizer_files import STATE_FILE
+from oxidizr_ref.interop.weight_files import digest_of, must_fit, read_directory, read_json
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.tokenizer_libraries import JSON_NAME, JsonTokenizer
 from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
@@ -43,12 +47,16 @@ class Opened:
     notices: tuple[str, ...] = ()
 
     def model(self, device: str = "cpu") -> LanguageModel:
-        """The model, ready to compute on a device. Raises DataError for weights that are not those of its config."""
-        model = LanguageModel(self.config, seed=None)
+        """The model, ready to compute on a device. Raises DataError for weights that are not those of its config.
+
+        On the host, weights of 16 bits become float32, as which they are computed with, once and for all.
+        """
+        stored = STORAGE_DTYPES[self.config.dtype]
+        model, dtype = LanguageModel(self.config, seed=None), stored if device == "gpu" else compute_dtype(stored)
         parameters = dict(model.named_parameters())
         must_fit(self.weights, {name: p.full_shape for name, p in parameters.items()}, self.what)
         for p in parameters.values():  # first weights that nobody sees need not be drawn
-            p.data = place(np.empty(p.full_shape, dtype=STORAGE_DTYPES[self.config.dtype]), device)
+            p.data = place(np.empty(p.full_shape, dtype=dtype), device)
         model.load_state_dict(self.weights)
         return model
 
@@ -103,17 +111,49 @@ def _tokenizer_of(source: Source) -> Tokenizer | None:
 
 
 def _of_package(path: Path) -> Opened:
-    package = open_package(path)
-    json, training = path / JSON_NAME, path / "training_config.json"
-    tokenizer = package.tokenizer or (JsonTokenizer.from_file(json) if disk.exists(json) else None)
-    if package.tokenizer is not None:
-        begin = _begin(tokenizer, read_json(training).get("lineage", []) if disk.exists(training) else [])
+    """A directory that `pack` wrote, or one in a layout of Hugging Face's."""
+    data, weights = read_json(path / "config.json"), dict[str, Array]()
+    if data.get("model_type") == OWN_TYPE:
+        config = _own_config(data, path)
+        weights |= read_directory(path)[0]
+        must_fit(weights, our_shapes(config), path)
     else:
-        begin = _begin_of_template(tokenizer)
+        read = read_pretrained(path)
+        config = read.config
+        weights |= read.weights
+    tokenizer = _own_tokenizer_in(path)
+    lineage: list[dict[str, Any]] = [{"imported_from": {}}]
+    if tokenizer is not None:
+        training = path / "training_config.json"
+        lineage = read_json(training).get("lineage", []) if disk.exists(training) else []
+    elif disk.exists(path / JSON_NAME):
+        tokenizer = JsonTokenizer.from_file(path / JSON_NAME)
     files = sorted(file for file in path.iterdir() if file.name.endswith((".safetensors", "config.json")))
-    lineage = [{"init_from": {"digest": digest_of(files)}}]
-    ends = _ends(tokenizer, _ends_named_in(path))
-    return Opened(package.config, package.weights, tokenizer, begin, ends, str(path), lineage, {})
+    origin = [{"init_from": {"digest": digest_of(files)}}]
+    begin, ends = _begin(tokenizer, lineage), _ends(tokenizer, _ends_named_in(path))
+    return Opened(config, weights, tokenizer, begin, ends, str(path), origin, {})
+
+
+def _own_config(data: Mapping[str, Any], where: Path) -> ModelConfig:
+    """The model of a config.json that we wrote."""
+    keys = {key: value for key, value in data.items() if key in ModelConfig.model_fields}
+    dtype = {theirs: ours for ours, theirs in DTYPES.items()}.get(str(data.get("torch_dtype")))
+    try:
+        return ModelConfig.model_validate(keys | {"dtype": dtype})
+    except ValueError as error:
+        raise DataError(f"{where}: no model can be made of its config.json ({' '.join(str(error).split())})") from None
+
+
+def _own_tokenizer_in(directory: Path) -> Tokenizer | None:
+    if not disk.exists(directory / STATE_FILE):
+        return None
+    state = read_json(directory / STATE_FILE)
+    if state.get("name") == JSON_NAME:
+        state["json"] = disk.read(directory / JSON_NAME).decode()
+    try:
+        return tokenizer_from_state(state)
+    except DataError as error:
+        raise DataError(f"{directory / STATE_FILE}: {error}") from None
 
 
 # --- where texts begin and end ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,15 @@ import numpy as np
 from oxidizr_ref.backend import STORAGE_DTYPES
 from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.config import Config, ModelConfig, canonical_json, with_younger_keys
-from oxidizr_ref.errors import CheckpointError, DataError, UsageError
+from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.interop.dotenv import setting
-from oxidizr_ref.interop.hugging_face import family_of, read_pretrained, write_pretrained
+from oxidizr_ref.interop.hugging_face import family_of, write_pretrained
 from oxidizr_ref.interop.loss_picture import loss_picture
 from oxidizr_ref.interop.model_card import DTYPES, Packaged, model_card
 from oxidizr_ref.interop.source import Source
-from oxidizr_ref.interop.tokenizer_files import STATE_FILE, json_text, tokenizer_files
-from oxidizr_ref.interop.weight_files import must_fit, read_directory, read_json, write_directory
-from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.interop.tokenizer_files import json_text, tokenizer_files
+from oxidizr_ref.interop.weight_files import write_directory
 from oxidizr_ref.optim import first_not_finite
-from oxidizr_ref.tokenizer_libraries import JSON_NAME
 from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 from oxidizr_ref.version import __version__
 
@@ -53,67 +51,6 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")  # as the
 _SIZE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]?)B?", re.IGNORECASE)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{1,8})*")
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package as it was read. weights: by our names, whatever the layout. tokenizer: None where the package has none."""
-
-    config: ModelConfig
-    weights: dict[str, HostArray]
-    tokenizer: Tokenizer | None
-
-    def model(self) -> LanguageModel:
-        """The model, ready to compute."""
-        model = LanguageModel(self.config)
-        model.load_state_dict(self.weights)
-        return model
-
-
-def open_package(directory: str | Path) -> Package:
-    """Read what `pack` wrote, or any directory in a layout of Hugging Face's that is known here.
-
-    Raises DataError for what is missing or does not fit together.
-    """
-    directory = Path(directory)
-    data = read_json(directory / "config.json")
-    if data.get("model_type") == OWN_TYPE:
-        config = _own_config(data, directory)
-        weights, _ = read_directory(directory)
-        shapes = {name: p.full_shape for name, p in LanguageModel(config, seed=None).named_parameters()}
-        must_fit(weights, shapes, directory)
-    else:
-        read = read_pretrained(directory)
-        config, weights = read.config, read.weights
-    return Package(config, weights, _tokenizer_in(directory))
-
-
-def _own_config(data: Mapping[str, Any], where: Path) -> ModelConfig:
-    """The model of a config.json that we wrote."""
-    keys = {key: value for key, value in data.items() if key in ModelConfig.model_fields}
-    dtype = {theirs: ours for ours, theirs in DTYPES.items()}.get(str(data.get("torch_dtype")))
-    try:
-        return ModelConfig.model_validate(keys | {"dtype": dtype})
-    except ValueError as error:
-        raise DataError(f"{where}: no model can be made of its config.json ({' '.join(str(error).split())})") from None
-
-
-def _tokenizer_in(directory: Path) -> Tokenizer | None:
-    if not disk.exists(directory / STATE_FILE):
-        return None
-    state = read_json(directory / STATE_FILE)
-    if state.get("name") == JSON_NAME:
-        state["json"] = disk.read(directory / JSON_NAME).decode()
-    try:
-        return tokenizer_from_state(state)
-    except DataError as error:
-        raise DataError(f"{directory / STATE_FILE}: {error}") from None
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

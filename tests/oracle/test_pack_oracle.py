@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from oxidizr_ref.chat import Message, chat_parts, chat_prompt
-from oxidizr_ref.interop.pack import Package, open_package
+from oxidizr_ref.interop.opened import Opened, open_model
 from oxidizr_ref.tokenizers import ByteTokenizer
 
 torch = pytest.importorskip("torch")
@@ -63,11 +63,11 @@ def name(request: pytest.FixtureRequest, hub: Path, monkeypatch: pytest.MonkeyPa
     return f"me/{request.param}"
 
 
-def ours(name: str) -> Package:
-    return open_package(name)
+def ours(name: str) -> Opened:
+    return open_model(Path(name))
 
 
-def texts_for(package: Package) -> tuple[str, ...]:
+def texts_for(package: Opened) -> tuple[str, ...]:
     return (*TEXTS, *STRANGE) if isinstance(package.tokenizer, ByteTokenizer) else TEXTS
 
 
