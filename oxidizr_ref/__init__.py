@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from oxidizr_ref import pictured
 from oxidizr_ref.version import __version__
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from oxidizr_ref.fused.register import reference
     from oxidizr_ref.model import LanguageModel
     from oxidizr_ref.optim import AdamW
+    from oxidizr_ref.report.graph import draw_graph
     from oxidizr_ref.trainer import Trainer
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "checkpoint",
+    "draw_graph",
     "load_config",
     "no_grad",
     "reference",
@@ -37,10 +40,14 @@ _HOME = {
     "LanguageModel": "model",
     "Tensor": "ops",  # which attaches the operators
     "Trainer": "trainer",
+    "draw_graph": "report.graph",
     "load_config": "config",
     "no_grad": "autograd",
     "reference": "fused.register",
 }
+
+# The one place above all floors says who draws the pictures of values below; see `pictured`.
+pictured.artist = lambda: importlib.import_module("oxidizr_ref.report.pictures")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import Array, compute_dtype, on_device, owned, to_compute, xp_of
+from oxidizr_ref.pictured import Pictured
 from oxidizr_ref.watch import watching
 
 F = TypeVar("F", bound="type[Function]")
@@ -34,7 +35,7 @@ def no_grad() -> Iterator[None]:
         _gradients_wanted.reset(token)
 
 
-class Tensor:
+class Tensor(Pictured):
     """An array that knows how it was computed.
 
     data: a NumPy or CuPy array. grad: None, or an array of the same shape in the compute dtype, which every `backward`
@@ -119,7 +120,7 @@ class Tensor:
             return
 
         waiting, watcher = {self.node: gradient}, watching()
-        for node in _consumers_first(self.node):
+        for node in consumers_first(self.node):
             dy = waiting.pop(node)
             if watcher is not None:
                 dy = watcher.gradient(node, dy)
@@ -210,7 +211,7 @@ def _add_to_leaf(leaf: Tensor, gradient: Array) -> None:
     leaf.grad = xp_of(gradient).asarray(gradient, dtype=compute_dtype(leaf.dtype), order="C")
 
 
-def _consumers_first(root: Function) -> list[Function]:
+def consumers_first(root: Function) -> list[Function]:
     """All nodes below ``root``, each before the nodes its inputs come from. No recursion: graphs are deep."""
     finished: list[Function] = []
     seen = {root}

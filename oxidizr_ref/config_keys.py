@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from oxidizr_ref.pictured import Pictured
+
 _DTYPES = {
     **dict.fromkeys(("fp32", "float32"), "f32"),
     **dict.fromkeys(("fp16", "float16"), "f16"),
@@ -68,7 +70,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Section(BaseModel):
+class Section(Pictured, BaseModel):
     """Strict types (no text for numbers, no floats for integers), no unknown keys, null means absent, immutable."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)

@@ -27,6 +27,7 @@ from oxidizr_ref.layers.mamba1 import Mamba1, Mamba1Cache
 from oxidizr_ref.layers.mamba2 import Mamba2, Mamba2Cache
 from oxidizr_ref.layers.mamba3 import Mamba3, Mamba3Cache
 from oxidizr_ref.nn import Embedding, Linear, Module, Parameter, RMSNorm, checked_ids, host_ids
+from oxidizr_ref.pictured import Charted
 from oxidizr_ref.watch import named
 
 #: Standard deviation of the first weights (Radford et al. 2019, GPT-2).
@@ -112,7 +113,7 @@ class MambaLayer(Module):
         return h + self.mixer.step(self.norm(h), cache)
 
 
-class LanguageModel(Module):
+class LanguageModel(Module, Charted):
     """A causal language model over token ids.
 
     Shapes: B batch, T time, D hidden, V vocabulary. With ``seed=None`` the parameters know their shapes and hold nothing.

@@ -35,6 +35,7 @@ FLOORS: dict[str, int | str] = {
     "sums": 0,
     "transfers": 0,
     "parallel": 0,
+    "pictured": 0,
     "rng": 0,
     "config": 0,
     "config_keys": 0,
@@ -348,7 +349,7 @@ def test_the_floors_fit_within_4500_lines_of_code() -> None:
     assert sum(lines_of_code(sources()[name]) - lines_for_cuda(sources()[name]) for name in way) <= 4500
 
 
-@pytest.mark.parametrize(("package", "most"), [("trace", 1800), ("interop", 2200), ("prepare", 1000), ("report", 1200)])
+@pytest.mark.parametrize(("package", "most"), [("trace", 1800), ("interop", 2200), ("prepare", 1000), ("report", 900)])
 def test_what_stands_off_that_way_stays_small(package: str, most: int) -> None:
     names = {name for name in sources() if home(name) == package}
     assert not names & on_the_way_to_a_checkpoint()

@@ -200,7 +200,7 @@ def test_names_as_they_occur_are_shown_whole_beside_numbers_as_they_occur(capsys
     entries = tuple(header.Entry(name, dtype, shape, 0, 0) for name in NAMES)
     numbers = contents.Numbers(1, 4096 * 14336, 4 * 4096 * 14336, 0, -0.0812, 0.0797, 1.23e3)
     file = contents.Contents(Path("x"), header.Header(entries, {}, {}, 64), dict.fromkeys(NAMES, numbers))
-    console = cli_inspect.Console(width=80)
+    console = cli_inspect.console()
     console.print(cli_inspect._tree(file))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 80

@@ -31,6 +31,7 @@ from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.checkpoint import header as headers
 from oxidizr_ref.checkpoint.header import Entry, Header, damaged
 from oxidizr_ref.errors import CheckpointError, DamagedError, SaveError
+from oxidizr_ref.pictured import Pictured
 
 assert sys.byteorder == "little", "checkpoints are written as the memory holds them, which must be little-endian"
 
@@ -41,7 +42,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Pictured):
     """What a verified file holds: arrays by name, strings by key (the two digest keys left out)."""
 
     tensors: dict[str, HostArray]

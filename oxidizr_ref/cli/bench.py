@@ -10,6 +10,7 @@ import typer
 
 from oxidizr_ref import parallel
 from oxidizr_ref.bench import Measured, Spread, measure
+from oxidizr_ref.cli.completion import configs
 from oxidizr_ref.cli.words import of, short, size_of
 from oxidizr_ref.config import canonical_json, load_config
 from oxidizr_ref.errors import UsageError
@@ -19,7 +20,10 @@ _ROWS = 14  # of the table of ops
 
 def bench(
     config: Annotated[
-        str, typer.Option("-f", "--config", metavar="CONFIG", help="A config file or the name of a bundled model.")
+        str,
+        typer.Option(
+            "-f", "--config", metavar="CONFIG", autocompletion=configs, help="A config file or the name of a bundled model."
+        ),
     ] = "nano-start",
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Steps to measure.")] = 10,
     threads: Annotated[
@@ -49,9 +53,10 @@ def bench(
 def _lines(found: Measured, config: str) -> Iterator[str]:
     step = found.step.median
     yield f"{config}: {of(found.parameters, 'parameter')}, {of(found.tokens, 'token')} a step, {of(found.threads, 'thread')}"
-    yield f"  step        {_spread(found.step)}   {short(found.tokens / step)} tokens/s"
-    yield f"  floor       {_spread(found.floor)}   the step takes {found.over_floor:.2f} times as long"
     rate = found.operations / found.floor.median / 1e9
+    yield f"  step        {_spread(found.step)}"
+    yield f"              {short(found.tokens / step)} tokens/s, {found.over_floor:.2f} times as long as its floor"
+    yield f"  floor       {_spread(found.floor)}"
     yield f"              {of(found.products, 'matrix product')}, {short(rate)} GFLOP/s"
     yield f"  memory      {size_of(found.memory)} beyond what was there before the first step"
     yield ""

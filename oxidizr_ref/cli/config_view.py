@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref.backend import STORAGE_DTYPES, compute_dtype, slot_dtype
 from oxidizr_ref.checkpoint.header import plan
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.config import Config, ModelConfig, canonical_json
 from oxidizr_ref.errors import CheckpointError
@@ -37,13 +37,13 @@ def show_config(config: Config, as_json: bool) -> None:
     if as_json:
         typer.echo(canonical_json(_as_json(config, parts, estimate)))
         return
-    console = Console(highlight=False)
-    console.print(_facts(_before(config)))
-    console.print()
-    console.print(_layers(config.model, parts))
-    console.print(Text(_LEGEND))
-    console.print()
-    console.print(_facts(_after(config, parts, estimate)))
+    out = console()
+    out.print(_facts(_before(config)))
+    out.print()
+    out.print(_layers(config.model, parts))
+    out.print(Text(_LEGEND))
+    out.print()
+    out.print(_facts(_after(config, parts, estimate)))
 
 
 def _as_json(config: Config, parts: Sequence[Part], estimate: MemoryEstimate) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _file_size(config: Config) -> int | None:
 def _layers(m: ModelConfig, parts: Sequence[Part]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True, justify="right")
-    table.add_column("what it is", overflow="fold", min_width=16)
+    table.add_column("what it is", overflow="fold")
     for title in ("parameters", "active", "state", "kept"):
         table.add_column(title, no_wrap=True, justify="right")
     before: int | None = None
@@ -140,6 +140,29 @@ def _numbers(parts: Sequence[Part]) -> tuple[str, str, str, str]:
         size_of(state),
         size_of(sum(p.kept for p in parts)),
     )
+
+
+def layer_words(m: ModelConfig, parts: Sequence[Part]) -> str:
+    """The layers in a line, equal ones together: ``0-2 Mamba2 16 x 16, state 32; 3 GQA 4/2 x 32 + SwiGLU 512``."""
+    of_layer: dict[int, list[str]] = {}
+    for part in parts:
+        if part.layer is not None:
+            of_layer.setdefault(part.layer, []).append(_what(m, part.kind))
+    equal: dict[str, list[int]] = {}
+    for layer, what in of_layer.items():
+        equal.setdefault(" + ".join(what), []).append(layer)
+    return "; ".join(f"{_ranges(layers)} {what}" for what, layers in equal.items())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers: ``0-2, 4, 6-7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _what(m: ModelConfig, kind: str) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref.checkpoint.contents import must_exist
 from oxidizr_ref.checkpoint.disk import file_size
+from oxidizr_ref.cli.completion import configs
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import counted, of, printable, size_of
 from oxidizr_ref.config import load_config
 from oxidizr_ref.errors import UsageError
@@ -49,7 +50,8 @@ def convert(
         str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Export in files of at most this, such as 2GB.")
     ] = None,
     config: Annotated[
-        str | None, typer.Option("-f", "--config", metavar="FILE", help="The YAML config of oxidizr's weights.")
+        str | None,
+        typer.Option("-f", "--config", metavar="FILE", autocompletion=configs, help="The YAML config of oxidizr's weights."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace DST if it is there.")] = False,
 ) -> int:
@@ -84,5 +86,5 @@ def _show(source: Path, target: Path, done: Converted) -> int:
         *(("note", printable(note)) for note in done.notes),
     ):
         table.add_row(Text(label, style="bold"), Text(value, overflow="fold"))
-    Console(highlight=False).print(table)
+    console().print(table)
     return 0

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref.checkpoint.contents import file_meant, kind_of
 from oxidizr_ref.checkpoint.difference import Change, Difference, TensorDifference, compare
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import counted, of, printable, short, words
 from oxidizr_ref.config import canonical_json
 
@@ -32,9 +33,9 @@ def diff(
     if as_json:
         typer.echo(canonical_json(found.as_json()))
     else:
-        console = Console(highlight=False)
+        out = console()
         for part in _parts(found):
-            console.print(part, overflow="fold")
+            out.print(part, overflow="fold")
     return 0 if found.equal else 1
 
 
@@ -82,7 +83,7 @@ def _value(value: Any) -> str:
 
 def _table(tensors: list[TensorDifference]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("tensor", overflow="fold", min_width=20)
+    table.add_column("tensor", overflow="fold")
     for title in ("differing", "max abs", "max rel", "max ulp", ""):
         table.add_column(title, no_wrap=True, justify="right")
     ulps = [found.distance.max_ulp for found in tensors]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device
+from oxidizr_ref.cli.terminal import can_draw, console
 from oxidizr_ref.cli.train import Device
-from oxidizr_ref.cli.words import counted
+from oxidizr_ref.cli.words import counted, printable
 from oxidizr_ref.data import open_stream
 from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.evaluation import Difference, Scores, difference, joined, scores, text_bytes, whole_windows
@@ -77,11 +78,11 @@ def evaluate(
     length = seq_len or min(one.config.max_seq_len for one in opened)
     size = batch_size or max(1, _TOKENS // length)
     measured = []
-    for one in opened:
+    for letter, one in zip("AB", opened, strict=False):
         batches = whole_windows(stream, length, size, only_responses=only_responses, apart=apart)
-        found = scores(one.model(device), batches, length)
-        console = Console(stderr=True, quiet=not sys.stderr.isatty())
-        measured.append(joined(track(found, one.what, -(-len(stream) // (length * size)), console=console)))
+        found, count = scores(one.model(device), batches, length), -(-len(stream) // (length * size))
+        bar = track(found, letter, count, console=console(stderr=True), transient=True, disable=not can_draw())
+        measured.append(joined(bar))
     if not measured[0].count:
         raise DataError(f"{stream.name}: has no response to predict; leave out --only-responses")
     octets = None if only_responses else text_bytes(stream, tokenizer)
@@ -124,12 +125,12 @@ def _as_json(compared: Difference) -> dict[str, Any]:
 
 
 def _print(results: list[dict[str, Any]], compared: Difference | None) -> None:
-    console = Console()
+    out = console()
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for letter, result in zip("AB", results, strict=False):
         name = f"{letter}: {result['model']}" if len(results) > 1 else result["model"]
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(printable(name)), justify="right", overflow="fold")
     rows = {
         "tokens": lambda r: counted(r["tokens"]),
         "loss (nats a token)": lambda r: f"{r['loss']:.4f}",
@@ -140,9 +141,9 @@ def _print(results: list[dict[str, Any]], compared: Difference | None) -> None:
     }
     for name, shown in rows.items():
         table.add_row(name, *map(shown, results))
-    console.print(table)
+    out.print(table)
     if "loss_by_position" in results[0]:
-        _print_curve(console, results)
+        _print_curve(out, results)
     if compared is not None:
         mean, interval = compared
         chance, verdict = "no interval", "too little text to tell"
@@ -150,10 +151,10 @@ def _print(results: list[dict[str, Any]], compared: Difference | None) -> None:
             low, high = interval
             verdict = "A is better" if high < 0 else "B is better" if low > 0 else "no difference is certain"
             chance = f"95% interval {low:+.4f} to {high:+.4f}"
-        console.print(f"loss of A - B: {mean:+.4f}, {chance}: {verdict}", highlight=False, soft_wrap=True)
+        out.print(f"loss of A - B: {mean:+.4f}, {chance}: {verdict}", soft_wrap=True)
 
 
-def _print_curve(console: Console, results: list[dict[str, Any]]) -> None:
+def _print_curve(out: Console, results: list[dict[str, Any]]) -> None:
     """Positions in groups that double: the loss falls fast at first."""
     table = Table("position", *(letter for letter, _ in zip("AB", results, strict=False)), box=None, pad_edge=False)
     curves = [result["loss_by_position"] for result in results]
@@ -164,4 +165,4 @@ def _print_curve(console: Console, results: list[dict[str, Any]]) -> None:
         means = [f"{sum(cell) / len(cell):.4f}" if cell else "-" for cell in cells]
         table.add_row(f"{low + 1}" if high == low + 1 else f"{low + 1} to {high}", *means)
         low = high
-    console.print(table)
+    out.print(table)

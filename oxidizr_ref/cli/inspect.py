@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref.checkpoint.contents import JSON_KEYS, Contents, Numbers, file_meant, look_into, total
 from oxidizr_ref.checkpoint.header import DTYPE_NAMES
+from oxidizr_ref.cli.completion import configs, dtypes
 from oxidizr_ref.cli.config_view import show_config
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import counted, of, printable, short, size_of, words
 from oxidizr_ref.config import canonical_json, load_config
 from oxidizr_ref.errors import UsageError
@@ -34,13 +35,20 @@ def inspect(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option("-f", "--config", metavar="FILE", help="Instead, a YAML config: a path, or a bundled model."),
+        typer.Option(
+            "-f",
+            "--config",
+            metavar="FILE",
+            autocompletion=configs,
+            help="Instead, a YAML config: a path, or a bundled model.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on stdout instead.")] = False,
     seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens a window.", rich_help_panel=_WITH_F)] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Windows a batch.", rich_help_panel=_WITH_F)] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="f32, bf16, f16 or f64.", rich_help_panel=_WITH_F)
+        str | None,
+        typer.Option(metavar="TYPE", autocompletion=dtypes, help="f32, bf16, f16 or f64.", rich_help_panel=_WITH_F),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -75,12 +83,12 @@ def _show_checkpoint(path: Path, as_json: bool) -> int:
     if as_json:
         typer.echo(canonical_json(contents.as_json()))
         return 0
-    console = Console(highlight=False)
-    console.print(_facts(contents, newest=file != path))
-    console.print(Text(_PROOF))
+    out = console()
+    out.print(_facts(contents, newest=file != path))
+    out.print(Text(_PROOF))
     for table in (_tree(contents), _totals(contents)):
-        console.print()
-        console.print(table)
+        out.print()
+        out.print(table)
     return 0
 
 
@@ -158,7 +166,7 @@ def _origin(entry: Any) -> str:
 def _tree(contents: Contents) -> Table:
     """Tensors, the optimizer's left out, below the layer they belong to; there their names begin with a dot."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("tensor", overflow="fold", min_width=20)
+    table.add_column("tensor", overflow="fold")
     table.add_column("shape", overflow="fold", justify="right")
     table.add_column("dtype")
     for title in ("size", "norm", "min .. max"):
@@ -201,7 +209,7 @@ def _range(numbers: Numbers) -> str:
 
 def _totals(contents: Contents) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("total", overflow="fold", min_width=10)
+    table.add_column("total", overflow="fold")
     for title in ("tensors", "numbers", "dtype", "size", "norm", ""):
         table.add_column(title, no_wrap=True, justify="right")
     for kind, names in contents.kinds().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 
 import typer
 from typer.exceptions import TyperException
@@ -13,6 +14,7 @@ from oxidizr_ref.cli.convert import convert
 from oxidizr_ref.cli.diff import diff
 from oxidizr_ref.cli.evaluate import evaluate
 from oxidizr_ref.cli.generate import generate
+from oxidizr_ref.cli.help import Command, Program, overview
 from oxidizr_ref.cli.inspect import inspect
 from oxidizr_ref.cli.pack import pack
 from oxidizr_ref.cli.prepare import prepare
@@ -26,29 +28,28 @@ from oxidizr_ref.cli.words import printable
 from oxidizr_ref.errors import ConfigError, OxidizrError
 from oxidizr_ref.version import __version__
 
+#: By what somebody wants to do, in the order in which it is done.
+_COMMANDS: dict[str, dict[str, Callable[..., int]]] = {
+    "Train": {"train": train, "report": report},
+    "Data": {"prepare": prepare},
+    "Use": {"generate": generate, "eval": evaluate},
+    "Publish": {"pack": pack, "push": push, "convert": convert},
+    "Check": {"inspect": inspect, "verify": verify, "diff": diff, "bench": bench, "selftest": selftest},
+}
+
 app = typer.Typer(
     name="oxidizr-ref",
+    cls=Program,
     help="Train a language model on NumPy; stop it anywhere, and it continues to the same bits.\n\n"
     "`oxidizr-ref -f nano-start` is short for `oxidizr-ref train -f nano-start`.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-app.command()(train)
-app.command()(generate)
-app.command(name="eval")(evaluate)
-app.command()(prepare)
-app.command()(pack)
-app.command()(push)
-app.command()(convert)
-app.command()(inspect)
-app.command()(verify)
-app.command()(diff)
-app.command()(report)
-app.command()(bench)
-app.command()(selftest)
-app.add_typer(trace, name="trace")
+for _panel, _commands in _COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(name=_name, cls=Command, rich_help_panel=_panel)(_command)
+app.add_typer(trace, name="trace", rich_help_panel="Check")
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,26 +58,25 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     _version: bool = typer.Option(
         False, "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        overview()
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or config, 130/143 stopped by a signal."""
-    arguments = sys.argv[1:] or ["--help"]
-    if arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
-        arguments = ["train", *arguments]  # oxidizr's documentation leaves the word out
-    sys.exit(_run(arguments))
+    sys.exit(_run(sys.argv[1:]))
 
 
 def _run(arguments: list[str]) -> int:
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="oxidizr-ref", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:

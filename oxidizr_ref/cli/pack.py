@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.prompt import Prompt
 from rich.table import Table
 
 from oxidizr_ref.checkpoint.store import CheckpointStore
+from oxidizr_ref.cli.completion import checkpoints, dtypes
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import of, printable, short, size_of
 from oxidizr_ref.errors import UsageError
 from oxidizr_ref.interop.pack import Wishes, bytes_of
@@ -26,7 +27,11 @@ def pack(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            "-c", "--checkpoint", metavar="WHICH", help="`latest`, `final`, a step, or a file. Default: choose from a list."
+            "-c",
+            "--checkpoint",
+            metavar="WHICH",
+            autocompletion=checkpoints,
+            help="`latest`, `final`, a step, or a file. Default: choose from a list.",
         ),
     ] = None,
     name: Annotated[
@@ -47,7 +52,12 @@ def pack(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="TYPE", help="Store weights as f32, bf16, f16 or f64. Default: as they are."),
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            autocompletion=dtypes,
+            help="Store weights as f32, bf16, f16 or f64. Default: as they are.",
+        ),
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Cut the weights into files, such as 2GB each.")
@@ -84,13 +94,13 @@ def _asked(directory: Path) -> str:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         there = CheckpointStore(directory).describe()
         raise UsageError(f"pack: which checkpoint? give -c latest, -c final or -c STEP; {there}")
-    console = Console(stderr=True, highlight=False)
+    err = console(stderr=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("step", "loss", "held out"):
         table.add_column(title, justify="right")
     rows = steps_and_losses(directory)
     for step, loss, held_out in rows:
         table.add_row(f"{step}", short(loss, 4), short(held_out, 4))
-    console.print(table)
+    err.print(table)
     steps = [str(step) for step, _, _ in rows]
-    return Prompt.ask("step", console=console, choices=steps, show_choices=False, default=steps[-1])
+    return Prompt.ask("step", console=err, choices=steps, show_choices=False, default=steps[-1])

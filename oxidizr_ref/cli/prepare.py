@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
+from oxidizr_ref.cli.completion import configs, tokenizers
+from oxidizr_ref.cli.terminal import can_draw, console
 from oxidizr_ref.cli.words import counted, of, printable, printable_lines, size_of
 from oxidizr_ref.config import canonical_json
 from oxidizr_ref.prepare.pipeline import Prepared, PrepareOptions, PrepareReporter
@@ -50,7 +50,9 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="byte, char, cl100k_base, o200k_base, llama3, deepseek_v3, or the path of a tokenizer.json."
+            metavar="NAME",
+            autocompletion=tokenizers,
+            help="byte, char, cl100k_base, o200k_base, llama3, deepseek_v3, or the path of a tokenizer.json.",
         ),
     ] = "byte",
     train_bpe: Annotated[
@@ -64,7 +66,8 @@ def prepare(
         str | None, typer.Option(metavar="REPO", help="A data set to download; INPUT then are patterns of its files.")
     ] = None,
     check: Annotated[
-        str | None, typer.Option(metavar="CONFIG", help="A config whose vocab_size must cover the tokenizer.")
+        str | None,
+        typer.Option(metavar="CONFIG", autocompletion=configs, help="A config whose vocab_size must cover the tokenizer."),
     ] = None,
     text_format: Annotated[
         Format, typer.Option("--format", help="auto goes by the name of a file.", rich_help_panel=_TEXT)
@@ -127,7 +130,7 @@ class _Reporter(PrepareReporter):
     """A bar on stderr, where that is a terminal; notices in any case."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         columns = (
             BarColumn(),
             DownloadColumn(),
@@ -135,12 +138,12 @@ class _Reporter(PrepareReporter):
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        self._bar = Progress(*columns, console=self._console, disable=not sys.stderr.isatty())
+        self._bar = Progress(*columns, console=self._console, disable=not can_draw())
         self._task = self._bar.add_task("", total=None)
         self._bar.start()
 
     def notice(self, text: str) -> None:
-        self._console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable_lines(text), markup=False, soft_wrap=True)
 
     def progress(self, done: int, total: int | None, documents: int, tokens: int) -> None:
         text = f"{of(documents, 'document')} {counted(tokens)} tokens" if tokens else "reading"
@@ -152,15 +155,15 @@ class _Reporter(PrepareReporter):
 
 
 def _show(prepared: Prepared, as_json: bool) -> None:
-    console = Console(stderr=True, highlight=False)
+    err = console(stderr=True)
     for path, meta in prepared.metas.items():
         what = f"{of(meta.tokens, 'token')} in {of(meta.documents, 'document')}"
         ids = f"tokenizer {meta.tokenizer['name']}, {meta.vocab_size:,} ids, the largest used {meta.largest:,}"
-        console.print(Text(printable(f"{path}: {what}, {size_of(4 * meta.tokens)}; {ids}")), soft_wrap=True)
+        err.print(Text(printable(f"{path}: {what}, {size_of(4 * meta.tokens)}; {ids}")), soft_wrap=True)
     if prepared.statistics is not None:
         for table in _tables(prepared.statistics):
-            console.print()
-            console.print(table)
+            err.print()
+            err.print(table)
     if as_json:
         files = {str(path): {**vars(meta), "tokenizer": meta.tokenizer["name"]} for path, meta in prepared.metas.items()}
         typer.echo(canonical_json({"files": files, "statistics": prepared.statistics}))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.interop.package_check import check_package, package_files
@@ -73,9 +73,9 @@ def _chosen() -> Path:
         raise UsageError(f"there are no packages in {ROOT}/; make one with `oxidizr-ref pack`, or name one with -m DIR")
     if not sys.stdin.isatty():
         raise UsageError("push: name the package with -m DIR (there is no terminal to ask on)")
-    console = Console(stderr=True, highlight=False)
+    err = console(stderr=True)
     for count, directory in enumerate(found, 1):
-        console.print(Text(f"{count:>3}  {printable(str(directory))}"))
+        err.print(Text(f"{count:>3}  {printable(str(directory))}"))
     number: int = typer.prompt(f"Which one? (1-{len(found)})", type=int, err=True)
     if not 1 <= number <= len(found):
         raise UsageError(f"{number} is none of them; expected a number from 1 to {len(found)}")
@@ -100,9 +100,9 @@ def _show(directory: Path, files: list[str], target: Target) -> None:
     for name, size in sizes.items():
         table.add_row(Text(printable(name)), Text(size_of(size)))
     table.add_row(Text(of(len(files), "file"), style="bold"), Text(size_of(sum(sizes.values())), style="bold"))
-    console = Console(stderr=True, highlight=False)
-    console.print(table)
-    console.print(Text(f"from {printable(str(directory))} to {target}"), soft_wrap=True)
+    err = console(stderr=True)
+    err.print(table)
+    err.print(Text(f"from {printable(str(directory))} to {target}"), soft_wrap=True)
 
 
 def _agreed(question: str) -> bool:

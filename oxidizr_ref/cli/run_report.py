@@ -22,9 +22,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.html", help="Default: report.html in DIR.")
     ] = None,
-    samples: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Texts that each checkpoint writes; 0: none.")
-    ] = 1,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Texts that each checkpoint writes; 0: none.")] = 1,
     opened: Annotated[bool, typer.Option("--open", metavar="", help="Show it in the browser.")] = False,
 ) -> int:
     """Write a run's curves, checkpoints, weights, samples and config as one HTML file that needs nothing else.

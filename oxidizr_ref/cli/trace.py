@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from oxidizr_ref.backend import Array
+from oxidizr_ref.cli.completion import configs, dtypes
+from oxidizr_ref.cli.help import Command, Group
 from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.config import Config, canonical_json, load_config
 from oxidizr_ref.errors import UsageError
@@ -21,6 +23,7 @@ from oxidizr_ref.trace.recorder import WHAT
 from oxidizr_ref.trace.report import report
 
 trace = typer.Typer(
+    cls=Group,
     help="Golden traces: every number of a training step, to hold another implementation against.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -29,10 +32,12 @@ trace = typer.Typer(
 _DTYPES = {"fp32": "f32", "float32": "f32", "float64": "f64", "bfloat16": "bf16", "fp16": "f16", "float16": "f16"}
 
 
-@trace.command()
+@trace.command(cls=Command)
 def record(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The trace to write.")],
-    config: Annotated[str, typer.Option("-f", "--config", metavar="CONFIG", help="A config file or bundled model.")],
+    config: Annotated[
+        str, typer.Option("-f", "--config", metavar="CONFIG", autocompletion=configs, help="A config file or bundled model.")
+    ],
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 1,
     batch: Annotated[
         Path | None,
@@ -55,7 +60,10 @@ def record(
         typer.Option("--layers", metavar="LIST", help="Only these layers, such as 0,3-5, and what is outside them."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="f64|f32|bf16|f16", help="Precision; f64 to judge others by.")
+        str | None,
+        typer.Option(
+            "--dtype", metavar="f64|f32|bf16|f16", autocompletion=dtypes, help="Precision; f64 to judge others by."
+        ),
     ] = None,
     sample: Annotated[
         int, typer.Option("--sample", metavar="N", min=0, help="Of larger arrays keep N numbers and a digest.")
@@ -117,7 +125,7 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-@trace.command()
+@trace.command(cls=Command)
 def compare(
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="A trace of this package's.")],
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="A trace of another program's, whole or in part.")],
@@ -145,7 +153,7 @@ def compare(
     return found.exit_code
 
 
-@trace.command()
+@trace.command(cls=Command)
 def show(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A trace.")],
     as_json: Annotated[bool, typer.Option("--json", metavar="", help="A JSON object a tensor instead.")] = False,
@@ -161,7 +169,7 @@ def show(
     return 0
 
 
-@trace.command()
+@trace.command(cls=Command)
 def golden(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the files go.")] = Path("golden"),
     only: Annotated[

@@ -18,6 +18,7 @@ from oxidizr_ref.backend import resolve_device, use_device
 from oxidizr_ref.checkpoint.format import load, read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE, from_file
 from oxidizr_ref.checkpoint.store import CheckpointStore, existing
+from oxidizr_ref.cli.completion import configs, dtypes, resume_words
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
@@ -62,7 +63,13 @@ _RESUME = "Checkpoints"
 def train(
     config: Annotated[
         str | None,
-        typer.Option("-f", "--config", metavar="FILE", help=f"YAML config: a path, or a bundled model ({DEFAULT_CONFIG})."),
+        typer.Option(
+            "-f",
+            "--config",
+            metavar="FILE",
+            autocompletion=configs,
+            help=f"YAML config: a path, or a bundled model ({DEFAULT_CONFIG}).",
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -82,7 +89,12 @@ def train(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="f32, bf16, f16 or f64: how weights are stored.", rich_help_panel=_CONFIG),
+        typer.Option(
+            metavar="TYPE",
+            autocompletion=dtypes,
+            help="f32, bf16, f16 or f64: how weights are stored.",
+            rich_help_panel=_CONFIG,
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The random seed.", rich_help_panel=_CONFIG)] = None,
     settings: Annotated[
@@ -93,6 +105,7 @@ def train(
         str | None,
         typer.Option(
             metavar="PATH|auto",
+            autocompletion=resume_words,
             help="Continue a step file, or the newest one in the checkpoint directory.",
             rich_help_panel=_RESUME,
         ),

@@ -52,3 +52,15 @@ def size_of(count: int) -> str:
 def of(count: int, noun: str) -> str:
     """``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """About how long: ``40 s``, ``3 min``, ``2 h 10 min``, ``3 days``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60 // 10 * 10} min"
+    return f"{round(minutes / 60 / 24)} days"
