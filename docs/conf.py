@@ -1,4 +1,4 @@
-"""How the site is built; ``python docs/scripts/site.py`` does it.
+"""How the site is built; ``python docs/scripts/build_site.py`` does it.
 
 The repository itself is the source: its pages and notebooks stand where they are, so that their links to each other and to
 files work here as on a code host. Nothing is fetched from elsewhere, when it is built or when it is read.

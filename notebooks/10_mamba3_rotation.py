@@ -86,12 +86,12 @@ print("signs", *(f"{s:2d}" for s in parity([1, 0, 1, 1, 0, 0, 1])))
 # $$
 #
 # all steps have the same sign, and they shrink. The state creeps towards $u/(1-\alpha)$ and never turns back. In
-# floating point that is so too: rounding is monotone, so if $h_t \ge h_{t-1}$, then also
-# $\mathrm{fl}(\mathrm{fl}(\alpha h_t) + u) \ge \mathrm{fl}(\mathrm{fl}(\alpha h_{t-1}) + u)$. A monotone sequence of
-# finitely many possible numbers ends: **from some token on the state stands still, bit for bit.** Then the layer's
-# output is constant, whatever norm, gate and projection follow; then the next layer's input is constant, and *its*
-# state comes to stand still; and so on to the last layer. But the parity of `1111…` never stands still. So no such
-# stack, of whatever width and depth, has it right for all lengths.
+# floating point, computed token by token as in decoding, that is so too: rounding is monotone, so if $h_t \ge h_{t-1}$,
+# then also $\mathrm{fl}(\mathrm{fl}(\alpha h_t) + u) \ge \mathrm{fl}(\mathrm{fl}(\alpha h_{t-1}) + u)$. A monotone
+# sequence of finitely many possible numbers ends: **from some token on the state stands still, bit for bit.** Then the
+# layer's output is constant, whatever norm, gate and projection follow; then the next layer's input is constant, and
+# *its* state comes to stand still; and so on to the last layer. But the parity of `1111…` never stands still. So no
+# such stack, of whatever width and depth, has it right for all lengths.
 #
 # (Sarrof et al. 2024 and Grazzi et al. 2025 prove this and more. That no single layer can do it in *exact* numbers
 # either is exercise 1.)
@@ -275,7 +275,7 @@ plt.show()
 # A language has no true $u(s)$ between two tokens, so "second order" is not an end in itself. What it brings is a
 # second weight: $u_{t-1}$ enters with $\beta_t = (1-\lambda_t)\Delta_t\alpha_t$ beside $u_t$ with
 # $\gamma_t = \lambda_t \Delta_t$, and $\lambda_t = \mathrm{sigmoid}(\mathrm{trap}_t)$ is learned, token by token. That
-# is a convolution of width two, on the *state's* input; Mamba3 needs no other.
+# is a convolution of width two, on the *state's* input; by default Mamba3 has no other.
 #
 # ## 6 · The whole recurrence, by hand and through the package
 #

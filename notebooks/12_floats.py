@@ -441,9 +441,8 @@ plt.show()
 #     assert next_up(x) == float(np.nextafter(np.float32(x), np.float32(np.inf)))
 # ```
 
+
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
-
-
 def next_up(x):
     return struct.unpack("<f", struct.pack("<I", struct.unpack("<I", struct.pack("<f", x))[0] + 1))[0]
 

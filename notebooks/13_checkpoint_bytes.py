@@ -492,4 +492,4 @@ scratch.cleanup()
 #   [a reader in C](../docs/read_checkpoint.c) in eighty lines;
 #   [`checkpoint/header.py`](../oxidizr_ref/checkpoint/header.py), [`format.py`](../oxidizr_ref/checkpoint/format.py),
 #   [`disk.py`](../oxidizr_ref/checkpoint/disk.py).
-# - Next: notebook 14, resume to the same bits: break it in five ways, find each.
+# - Next: notebook 14, [resume to the same bits](14_resume_to_the_same_bits.ipynb): break it, and find each break.

@@ -15,9 +15,9 @@
 # %% [markdown]
 # # 14 · Resume to the same bits: break it, and find each break
 #
-# A long training run is stopped and continued: by a crash, a time limit, a reboot. Most trainers continue *roughly*: the loss
-# goes on falling, and nobody can tell whether the second half is the one that was meant. Here a run must continue *exactly*,
-# and exactness can be tested with `==`.
+# A long training run is stopped and continued: by a crash, a time limit, a reboot. Most trainers continue *roughly*: the
+# loss goes on falling, and nobody can tell whether the second half is the one that was meant. Here a run must continue
+# *exactly*, and exactness can be tested with `==`.
 #
 # **After this you can**
 #
@@ -60,8 +60,8 @@ HERE = Path(temporary.name)
 #
 # $$ s_{n+1} = F(s_n;\ \text{config},\ \text{seed},\ \text{data}) $$
 #
-# If $F$ has no other input (no clock, no generator hidden in a library, no order in which threads finish) then a run is
-# the sequence $s_0, s_1 = F(s_0), s_2 = F(F(s_0)), \dots$, and it does not matter whether one process computes it or ten. So
+# If $F$ has no other input (no clock, no generator hidden in a library, no order in which threads finish) then a run is the
+# sequence $s_0, s_1 = F(s_0), s_2 = F(F(s_0)), \dots$, and it does not matter whether one process computes it or ten. So
 # resuming is exact if and only if
 #
 # 1. the file holds all of $s_n$, or what all of $s_n$ can be computed from, with every bit; and
@@ -69,18 +69,19 @@ HERE = Path(temporary.name)
 #
 # Notebook 15 is about the second. This one is about the first, and about noticing when it fails.
 #
-# There are two ways to have random numbers in $F$. *In order*: a generator whose hidden state moves with every draw; that state
-# belongs to $s_n$. *By address*: word $i$ of the stream (seed, name, step) is a function of these alone, so that nothing
-# belongs to $s_n$ but the step. `oxidizr_ref` draws by address, with the counter-based generator Philox (Salmon et al. 2011):
+# There are two ways to have random numbers in $F$. *In order*: a generator whose hidden state moves with every draw; that
+# state belongs to $s_n$. *By address*: word $i$ of the stream (seed, name, step) is a function of these alone, so that
+# nothing belongs to $s_n$ but the step. `oxidizr_ref` draws by address, with the counter-based generator Philox (Salmon et
+# al. 2011):
 
 # %%
 for step in (1, 2, 1):
     print(f"step {step}:", rng.uniform(seed=0, stream="dropout", name="demo", step=step, count=4).round(4))
 
 # %% [markdown]
-# Step 1 gives the same numbers whenever it is asked. The order of the data is made in the same way: the permutation of epoch
-# $e$ is a function of (seed, $e$), and the position in it follows from one number, the *cursor*: how many examples have been
-# consumed since the beginning of the run.
+# Step 1 gives the same numbers whenever it is asked. The order of the data is made in the same way: the permutation of
+# epoch $e$ is a function of (seed, $e$), and the position in it follows from one number, the *cursor*: how many examples
+# have been consumed since the beginning of the run.
 #
 # ## A trainer to break
 #
@@ -95,7 +96,7 @@ for step in (1, 2, 1):
 
 # %%
 B, MICRO, STEPS, WARMUP, PEAK = 16, 2, 24, 4, 0.02  # batch, micro-batches a step, steps in all, warm-up steps, rate
-TEXT = np.frombuffer(bundled_corpus().read_bytes()[:320 + 3], dtype=np.uint8).astype(np.int64)
+TEXT = np.frombuffer(bundled_corpus().read_bytes()[: 320 + 3], dtype=np.uint8).astype(np.int64)
 EXAMPLES = len(TEXT) - 3  # 320: an epoch is 10 steps of 2 x 16 examples
 SHAPES = {"E": (128, 8), "W1": (32, 24), "W2": (128, 32)}
 
@@ -136,6 +137,7 @@ assert abs(numeric - exact) < 1e-7 * abs(exact)
 # Each step also writes a line into a **journal**: short digests of what it used, in the order in which it used it. It costs
 # little and will be worth much.
 
+
 # %%
 def digest(*arrays):
     """Eight hexadecimal digits that stand for all the bits of some arrays."""
@@ -172,10 +174,10 @@ class Run:
 
 
 # %% [markdown]
-# The step itself, with AdamW (Loshchilov & Hutter 2019) without decay:
-# $m \leftarrow \beta_1 m + (1-\beta_1) g$, $v \leftarrow \beta_2 v + (1-\beta_2) g^2$,
-# $w \leftarrow w - \eta\, \hat m / (\sqrt{\hat v} + \varepsilon)$ with $\hat m = m/(1-\beta_1^t)$, $\hat v = v/(1-\beta_2^t)$, where
-# $t$ counts updates from 1.
+# The step itself, with AdamW (Loshchilov & Hutter 2019) without decay: $m \leftarrow \beta_1 m + (1-\beta_1) g$,
+# $v \leftarrow \beta_2 v + (1-\beta_2) g^2$, $w \leftarrow w - \eta\, \hat m / (\sqrt{\hat v} + \varepsilon)$ with
+# $\hat m = m/(1-\beta_1^t)$, $\hat v = v/(1-\beta_2^t)$, where $t$ counts updates from 1.
+
 
 # %%
 def train_step(self):
@@ -191,18 +193,27 @@ def train_step(self):
         m_hat, v_hat = self.m[name] / (1 - 0.9**self.updates), self.v[name] / (1 - 0.999**self.updates)
         self.weights[name] = self.weights[name] - rate * m_hat / (np.sqrt(v_hat) + 1e-8)
     self.step, self.cursor = n, self.cursor + MICRO * B
-    self.journal.append({
-        "step": n, "loss": float(np.mean(losses)), "batch": digest(*(a for p in parts for a in p[:2])),
-        "mask": digest(*(p[2] for p in parts)), "gradient": digest(*g.values()), "rate": rate,
-        "moments": digest(*self.m.values(), *self.v.values()), "weights": digest(*self.weights.values()),
-    })
+    self.journal.append(
+        {
+            "step": n,
+            "loss": float(np.mean(losses)),
+            "batch": digest(*(a for p in parts for a in p[:2])),
+            "mask": digest(*(p[2] for p in parts)),
+            "gradient": digest(*g.values()),
+            "rate": rate,
+            "moments": digest(*self.m.values(), *self.v.values()),
+            "weights": digest(*self.weights.values()),
+        }
+    )
 
 
 Run.train_step = train_step
 
 # %% [markdown]
 # Saving and loading go through the package's `checkpoint`, a safetensors file with a digest of every tensor (notebook 13).
-# `cursor` and `updates` follow from the step here; the file has `cursor` because a later config may take another batch size.
+# `cursor` and `updates` follow from the step here; the file has `cursor` because a later config may take another batch
+# size.
+
 
 # %%
 def save(self, path):
@@ -243,11 +254,14 @@ def interrupted(kind, at, steps=STEPS):
 
 
 whole = straight(Run)
-print(f"loss: {whole.journal[0]['loss']:.3f} at step 1 (ln 128 = {math.log(128):.3f}), "
-      f"{whole.journal[-1]['loss']:.3f} at step {STEPS}")
+print(
+    f"loss: {whole.journal[0]['loss']:.3f} at step 1 (ln 128 = {math.log(128):.3f}), "
+    f"{whole.journal[-1]['loss']:.3f} at step {STEPS}"
+)
 
 # %% [markdown]
 # **The promise, as a test.** A file after step 24 of the straight run, and one of a run interrupted at each of 0 … 23:
+
 
 # %%
 def sha256(path):
@@ -270,6 +284,7 @@ assert all(exact)
 # ## Six mistakes
 #
 # Each is the run above with one method changed. All of them were made in trainers that people use; none of them crashes.
+
 
 # %%
 class MomentsLost(Run):
@@ -349,8 +364,9 @@ MISTAKES = [MomentsLost, CountOffByOne, RandomInOrder, ShuffledAnew, ScheduleRes
 # %% [markdown]
 # ### Would you see it?
 #
-# Each is interrupted after step 13 and goes on. Left, what everybody looks at. Right, what nobody looks at: the largest distance
-# of a weight from the straight run *of the same class*.
+# Each is interrupted after step 13 and goes on. Left, what everybody looks at. Right, what nobody looks at: the largest
+# distance of a weight from the straight run *of the same class*.
+
 
 # %%
 def distance(a, b):
@@ -384,15 +400,17 @@ right.legend(fontsize=7, loc="lower right")
 plt.show()
 
 # %% [markdown]
-# All of them go on falling. Five stay within what the loss jumps from batch to batch anyway. The one that stands out is the restarted
-# schedule, and it looks *better*: it trains at a high rate where the cosine had come down. Training forgives nearly everything, which
-# is why such mistakes live for years. (Grey is the straight run with addressed masks and shuffles; `RandomInOrder` and
-# `ShuffledAnew` are other, equally good runs even without interruption, so they are compared with their own straight run.)
+# All of them go on falling. Five stay within what the loss jumps from batch to batch anyway. The one that stands out is the
+# restarted schedule, and it looks *better*: it trains at a high rate where the cosine had come down. Training forgives
+# nearly everything, which is why such mistakes live for years. (Grey is the straight run with addressed masks and shuffles;
+# `RandomInOrder` and `ShuffledAnew` are other, equally good runs even without interruption, so they are compared with their
+# own straight run.)
 #
 # ### First method: interrupt at *every* step
 #
-# One test of one resume is not enough. For each mistake and each step: does the interrupted run end with the same bits, and if
-# not, which is the first step that differs?
+# One test of one resume is not enough. For each mistake and each step: does the interrupted run end with the same bits, and
+# if not, which is the first step that differs?
+
 
 # %%
 def first_difference(kind, at):
@@ -409,7 +427,11 @@ found = {kind: [first_difference(kind, at) for at in range(STEPS)] for kind in M
 grid = np.array([[0 if f is None else 1 for f in found[kind]] for kind in MISTAKES])
 figure, axes = plt.subplots(figsize=(8, 2.4))
 axes.imshow(grid, cmap="cividis", aspect="auto", vmin=0, vmax=1.3)
-axes.set(xlabel="interrupted after step", ylabel="mistake", title="bright: the resumed run differs; dark: it does not, and a test there proves nothing")
+axes.set(
+    xlabel="interrupted after step",
+    ylabel="mistake",
+    title="bright: the resumed run differs; dark: it does not, and a test there proves nothing",
+)
 axes.set_yticks(range(len(MISTAKES)), [kind.__name__ for kind in MISTAKES])
 axes.set_xticks(range(0, STEPS, 2))
 axes.grid(False)
@@ -418,14 +440,15 @@ for kind in MISTAKES:
     print(f"{kind.__name__:18s} not seen when interrupted after step", [at for at, f in enumerate(found[kind]) if f is None])
 
 # %% [markdown]
-# Look at `ShuffledAnew`: in the first epoch (steps 1 … 10 here) the fresh generator happens to draw the same order again, so that
-# every resume there is exact, also beyond the end of the epoch. Who tests with "train 4, stop, resume, compare" ships it. At step 0
-# none is seen: nothing has happened yet that could be lost. (`RoundedOnTheWay` is not either, because the first weights here
-# are float32 numbers. After one step they are not.)
+# Look at `ShuffledAnew`: in the first epoch (steps 1 … 10 here) the fresh generator happens to draw the same order again,
+# so that every resume there is exact, also beyond the end of the epoch. Who tests with "train 4, stop, resume, compare"
+# ships it. At step 0 none is seen: nothing has happened yet that could be lost. (`RoundedOnTheWay` is not either, because
+# the first weights here are float32 numbers. After one step they are not.)
 #
 # ### Second method: the round trip
 #
 # Load a file and save at once, without a step between. If the bytes differ, something was lost *on the way in*.
+
 
 # %%
 def round_trip(kind, at):
@@ -444,14 +467,15 @@ for kind in [Run, *MISTAKES]:
 assert [kind for kind in MISTAKES if not round_trip(kind, AT).equal] == [MomentsLost]
 
 # %% [markdown]
-# Cheap, precise, and blind for five of six. It cannot miss what is *not in the file*: a generator's state, a count that is derived
-# wrongly. Nor does it see rounding: what was rounded once is rounded to itself the second time. **Compare what the processes
-# compute, not what the files say.**
+# Cheap, precise, and blind for five of six. It cannot miss what is *not in the file*: a generator's state, a count that is
+# derived wrongly. Nor does it see rounding: what was rounded once is rounded to itself the second time. **Compare what the
+# processes compute, not what the files say.**
 #
 # ### Third method: the first step that differs, tensor by tensor
 #
-# Both runs save after step $N+1$, and `checkpoint.difference.compare` (on the command line `oxidizr-ref diff A B`) says where the
-# two files differ. *Which* tensors differ after one step says where the mistake entered.
+# Both runs save after step $N+1$, and `checkpoint.difference.compare` (on the command line `oxidizr-ref diff A B`) says
+# where the two files differ. *Which* tensors differ after one step says where the mistake entered.
+
 
 # %%
 def after_one_step(kind, at):
@@ -471,19 +495,21 @@ for kind in MISTAKES:
     print(f"{kind.__name__:18s}", " ".join(f"{error:9.0e}" if error else "    equal" for error in largest.values()))
 
 # %% [markdown]
-# The largest difference in each kind of tensor, in units of the tensor's largest number, one step after the resume. Read it as a
-# doctor reads a table:
+# The largest difference in each kind of tensor, in units of the tensor's largest number, one step after the resume. Read it
+# as a doctor reads a table:
 #
-# - **moments equal, weights not**: the gradient was right, for the moments are made of it. The mistake is behind them, in the update:
-#   the count $t$ of the bias correction, or the rate. Two candidates, `CountOffByOne` and `ScheduleRestarted`.
-# - **everything differs, the moments by a tenth or more**: the gradient was another one (batch, mask), or the moments were gone.
-# - **everything differs, by about $10^{-7}$**: a float32 number went through here. $2^{-24} = 6 \cdot 10^{-8}$ is the rounding of
-#   float32; $10^{-3}$ would smell of bfloat16, a round power of ten of decimal text.
+# - **moments equal, weights not**: the gradient was right, for the moments are made of it. The mistake is behind them, in
+#   the update: the count $t$ of the bias correction, or the rate. Two candidates, `CountOffByOne` and `ScheduleRestarted`.
+# - **everything differs, the moments by a tenth or more**: the gradient was another one (batch, mask), or the moments were
+#   gone.
+# - **everything differs, by about $10^{-7}$**: a float32 number went through here. $2^{-24} = 6 \cdot 10^{-8}$ is the
+#   rounding of float32; $10^{-3}$ would smell of bfloat16, a round power of ten of decimal text.
 #
 # ### Fourth method: the journal
 #
-# The tensors say *what* is off, the journal *since when in the step*. Its entries stand in the order in which a step computes them:
-# batch, mask, gradient, rate, moments, weights. The first that differs is where the mistake is; what follows from it differs, too.
+# The tensors say *what* is off, the journal *since when in the step*. Its entries stand in the order in which a step
+# computes them: batch, mask, gradient, rate, moments, weights. The first that differs is where the mistake is; what follows
+# from it differs, too.
 
 # %%
 for kind in MISTAKES:
@@ -492,24 +518,30 @@ for kind in MISTAKES:
     print(f"{kind.__name__:18s} step {step}: first {differing[0]:9s} then {', '.join(differing[1:])}")
 
 # %% [markdown]
-# Batch: the data. Mask: the random numbers. Rate: the schedule. Moments first, with gradient and rate as they should be: they were
-# wrong before. Weights first: what is left, the count. Gradient first, with batch and mask right: the weights it was computed from
-# were not the same. Each of the six has another signature, and nobody had to look at a loss.
+# Batch: the data. Mask: the random numbers. Rate: the schedule. Moments first, with gradient and rate as they should be:
+# they were wrong before. Weights first: what is left, the count. Gradient first, with batch and mask right: the weights it
+# was computed from were not the same. Each of the six has another signature, and nobody had to look at a loss.
 #
-# `oxidizr_ref` keeps such a journal on demand, with *all* numbers of a step instead of digests: a golden trace, notebook 16.
+# `oxidizr_ref` keeps such a journal on demand, with *all* numbers of a step instead of digests: a golden trace, notebook
+# 16.
 
 # %%
 signatures = {kind: [k for k in first_difference(kind, AT)[1] if k != "loss"][0] for kind in MISTAKES}
 assert signatures == {
-    MomentsLost: "moments", CountOffByOne: "weights", RandomInOrder: "mask",
-    ShuffledAnew: "batch", ScheduleRestarted: "rate", RoundedOnTheWay: "gradient",
+    MomentsLost: "moments",
+    CountOffByOne: "weights",
+    RandomInOrder: "mask",
+    ShuffledAnew: "batch",
+    ScheduleRestarted: "rate",
+    RoundedOnTheWay: "gradient",
 }
 
 # %% [markdown]
 # ## Two that need no resume
 #
-# **The order of a set.** Python's `hash` of a string changes from process to process, and with it the order of a set of names. Add
-# gradients, or draw random numbers, in that order, and two runs of the same program differ. In one process you will never see it:
+# **The order of a set.** Python's `hash` of a string changes from process to process, and with it the order of a set of
+# names. Add gradients, or draw random numbers, in that order, and two runs of the same program differ. In one process you
+# will never see it:
 
 # %%
 program = 'print(" ".join({"embed", "attn", "mlp", "norm", "head", "bias"}))'
@@ -521,24 +553,28 @@ assert len(set(orders)) > 1
 print("8 processes, one program, more than one order")
 
 # %% [markdown]
-# The cure is a sorted list, or a dict, which keeps the order of insertion. (Nothing in `oxidizr_ref` iterates over a set to compute.)
+# The cure is a sorted list, or a dict, which keeps the order of insertion. (Nothing in `oxidizr_ref` iterates over a set to
+# compute.)
 #
-# **Decimal text.** Progress, loss scales and learning rates travel through JSON. Python writes a float64 with as many digits as it
-# takes to read the same bits again, so `json` is exact. Formatting is not:
+# **Decimal text.** Progress, loss scales and learning rates travel through JSON. Python writes a float64 with as many
+# digits as it takes to read the same bits again, so `json` is exact. Formatting is not:
 
 # %%
 rate = whole.journal[9]["rate"]
 for text in (json.dumps(rate), f"{rate:.6g}", f"{rate:.15g}", f"{rate:.17g}", rate.hex()):
     back = float.fromhex(text) if "x" in text else float(text)
-    print(f"{text:24s} {'exact' if back == rate else f'off by {abs(back - rate) / math.ulp(rate):,.0f} units in the last place'}")
+    print(
+        f"{text:24s} {'exact' if back == rate else f'off by {abs(back - rate) / math.ulp(rate):,.0f} units in the last place'}"
+    )
 assert json.loads(json.dumps(rate)) == rate
 
 # %% [markdown]
 # ## The same with the package
 #
-# `oxidizr_ref.Trainer`, on a small Llama with a cosine schedule and two micro-batches a step. First a run of 12 steps without
-# interruption. Then for each step a process that dies there: a reporter that raises, as a kill would end it, after the step was
-# logged and *before* it is saved. Nothing of that process survives but its files.
+# `oxidizr_ref.Trainer`, on a small Llama with a cosine schedule and two micro-batches a step. First a run of 12 steps
+# without interruption. Then for each step a process that dies there: a reporter that raises, as a kill would end it, after
+# the step was logged and *before* it is saved. Nothing of that process survives but its files.
+
 
 # %%
 class Killed(BaseException):
@@ -555,7 +591,14 @@ class KillAfter(Reporter):
 
 
 def config(directory, *more):
-    sets = ["max_steps=12", "gradient_accumulation=2", "save_interval=1", "max_checkpoints=0", "max_seq_len=16", "target_device=cpu"]
+    sets = [
+        "max_steps=12",
+        "gradient_accumulation=2",
+        "save_interval=1",
+        "max_checkpoints=0",
+        "max_seq_len=16",
+        "target_device=cpu",
+    ]
     return load_config("tiny-llama", [*sets, f"checkpoint_dir={directory}", *more])
 
 
@@ -583,8 +626,25 @@ print("killed after each of 12 steps and resumed: 12 x 12 files, all with the sh
 # And once in earnest: another process, the real command, the real SIGKILL, at whatever moment it comes.
 
 # %%
-command = [sys.executable, "-m", "oxidizr_ref", "train", "-f", "tiny-llama", "--headless", "--checkpoint-dir", str(HERE / "real")]
-for setting in ("max_steps=12", "gradient_accumulation=2", "save_interval=1", "max_checkpoints=0", "max_seq_len=16", "target_device=cpu"):
+command = [
+    sys.executable,
+    "-m",
+    "oxidizr_ref",
+    "train",
+    "-f",
+    "tiny-llama",
+    "--headless",
+    "--checkpoint-dir",
+    str(HERE / "real"),
+]
+for setting in (
+    "max_steps=12",
+    "gradient_accumulation=2",
+    "save_interval=1",
+    "max_checkpoints=0",
+    "max_seq_len=16",
+    "target_device=cpu",
+):
     command += ["--set", setting]
 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 while not (HERE / "real" / "step_5.safetensors").exists() and process.poll() is None:
@@ -598,8 +658,8 @@ print("resumed: the same 12 files")
 # %% [markdown]
 # ### Planting a mistake in the package
 #
-# The optimizer's count one too low after loading, as in `CountOffByOne`. A copy of `step_5` goes to a directory of its own, is
-# resumed there, and `step_6` is held against the true one.
+# The optimizer's count one too low after loading, as in `CountOffByOne`. A copy of `step_5` goes to a directory of its own,
+# is resumed there, and `step_6` is held against the true one.
 
 # %%
 right_way = AdamW.load_state_dict
@@ -623,16 +683,20 @@ assert resume_copy("without").equal
 with mock.patch.object(AdamW, "load_state_dict", off_by_one):
     found = resume_copy("with")
 moments = [t.name for t in found.tensors if t.name.startswith("optimizer")]
-print(f"{len(found.tensors)} of {found.compared} tensors differ; moments among them: {len(moments)}; metadata: {len(found.metadata)}")
+print(
+    f"{len(found.tensors)} of {found.compared} tensors differ; moments among them: {len(moments)}; metadata: {len(found.metadata)}"
+)
 print(f"so the gradients were right and the update was not; first {found.first}")
 assert found.tensors and not moments
 
 # %% [markdown]
 # ### Is every number needed?
 #
-# That resuming is exact shows that *enough* is saved. The other half: nothing is saved in vain. Each part of the file is changed in
-# turn, with digests that are right again, and resumed. Either the run refuses, or step 6 has other bytes. A part whose change does
-# neither would be dead weight, or a sign that it is saved and never read: the moments that are written and not loaded.
+# That resuming is exact shows that *enough* is saved. The other half: nothing is saved in vain. Each part of the file is
+# changed in turn, with digests that are right again, and resumed. Either the run refuses, or step 6 has other bytes. A part
+# whose change does neither would be dead weight, or a sign that it is saved and never read: the moments that are written
+# and not loaded.
+
 
 # %%
 def changed(part):
@@ -657,7 +721,9 @@ def changed(part):
         fit(directory / "run", resume=str(directory / "backup.safetensors"))
     except OxidizrError as error:
         return f"refused: {type(error).__name__}"
-    same = (directory / "run" / "step_6.safetensors").exists() and sha256(directory / "run" / "step_6.safetensors") == wanted[6]
+    same = (directory / "run" / "step_6.safetensors").exists() and sha256(
+        directory / "run" / "step_6.safetensors"
+    ) == wanted[6]
     return "NOTHING HAPPENS" if same else "other bytes"
 
 
@@ -674,10 +740,10 @@ assert "NOTHING HAPPENS" not in results.values()
 #
 # ## Exercises
 #
-# **1. Half a step.** A run that is told to stop *between two micro-batches* has added up half a gradient. `oxidizr_ref` throws that
-# half away and saves the last whole step. Do the other thing: write `Careful(Run)` with a method `half_step()` that computes the
-# first micro-batch only, a `save` that keeps the half gradient, and a `train_step` that finishes what is half done. From every step,
-# stopped in the half, it must end with the bits of `Run`:
+# **1. Half a step.** A run that is told to stop *between two micro-batches* has added up half a gradient. `oxidizr_ref`
+# throws that half away and saves the last whole step. Do the other thing: write `Careful(Run)` with a method `half_step()`
+# that computes the first micro-batch only, a `save` that keeps the half gradient, and a `train_step` that finishes what is
+# half done. From every step, stopped in the half, it must end with the bits of `Run`:
 #
 # ```python
 # wanted = last_tensors(straight(Run))
@@ -685,6 +751,7 @@ assert "NOTHING HAPPENS" not in results.values()
 # ```
 #
 # Which costs more: the half step that is thrown away, or the gradient in the file?
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 class Careful(Run):
@@ -745,13 +812,14 @@ print("exact from every half step; the file is a third larger (weights, m, v and
 
 # %% [markdown]
 # **2. Find it.** The hidden cell below defines `Mystery(Run)`, with one mistake. Do not look. Use the four methods, and set
-# `verdict` to one of `"batch"`, `"mask"`, `"gradient"`, `"rate"`, `"moments"`, `"weights"`: what goes wrong first; and `hidden_at`
-# to the list of all steps at which a resume does *not* show it.
+# `verdict` to one of `"batch"`, `"mask"`, `"gradient"`, `"rate"`, `"moments"`, `"weights"`: what goes wrong first; and
+# `hidden_at` to the list of all steps at which a resume does *not* show it.
 #
 # ```python
 # assert verdict == first_difference(Mystery, AT)[1][0 if first_difference(Mystery, AT)[1][0] != "loss" else 1]
 # assert hidden_at == [at for at in range(STEPS) if first_difference(Mystery, at) is None]
 # ```
+
 
 # %% tags=["hide-cell"] jupyter={"source_hidden": true}
 class Mystery(Run):
@@ -771,15 +839,17 @@ assert (verdict, hidden_at, changes) == ("batch", [0, 10, 20], ["progress.cursor
 print(f"first {verdict}; a resume after {hidden_at} is exact: these are the ends of epochs. The round trip sees {changes}")
 
 # %% [markdown]
-# **3. Put the generator into the file.** Repair `RandomInOrder` without addressed random numbers: save the state of its generator
-# (`generator.bit_generator.state` is a dict of integers) and load it. Call it `StateSaved`. It must be exact from every step:
+# **3. Put the generator into the file.** Repair `RandomInOrder` without addressed random numbers: save the state of its
+# generator (`generator.bit_generator.state` is a dict of integers) and load it. Call it `StateSaved`. It must be exact from
+# every step:
 #
 # ```python
 # assert all(first_difference(StateSaved, at) is None for at in range(STEPS))
 # ```
 #
-# Then change it so that it evaluates after every 5 steps and draws 7 random numbers for that, in the straight run only. What
-# happens, and why can it not happen with addressed random numbers?
+# Then change it so that it evaluates after every 5 steps and draws 7 random numbers for that, in the straight run only.
+# What happens, and why can it not happen with addressed random numbers?
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 class StateSaved(RandomInOrder):
@@ -812,8 +882,9 @@ assert not ordered and addressed
 print("drawn in order, an evaluation changes the training; by address each purpose has a stream of its own")
 
 # %% [markdown]
-# **4. How many digits?** Write a float32 as decimal text with $d$ significant digits and read it again. Find by experiment, over
-# 100,000 random float32 numbers between 1 and 2, the smallest $d$ with which every one comes back exactly, and explain it.
+# **4. How many digits?** Write a float32 as decimal text with $d$ significant digits and read it again. Find by experiment,
+# over 100,000 random float32 numbers between 1 and 2, the smallest $d$ with which every one comes back exactly, and explain
+# it.
 #
 # ```python
 # assert all_come_back(digits) and not all_come_back(digits - 1)
@@ -832,13 +903,15 @@ assert digits == 8 and all_come_back(8) and not all_come_back(7)
 print(f"{digits}: between 1 and 2 float32 numbers are 2^-23 = 1.2e-7 apart, and 8 digits are 1e-7 apart, a finer grid")
 above_1000 = np.arange(1000, 1024, 2**-14, dtype=np.float64).astype(np.float32)[::40]
 assert not all_come_back(8, above_1000) and all_come_back(9, above_1000)
-print("not so between 1000 and 1024: there they are 2^-14 = 6e-5 apart, and 8 digits 1e-4. So in general it takes 9 (float64: 17)")
+print(
+    "not so between 1000 and 1024: there they are 2^-14 = 6e-5 apart, and 8 digits 1e-4. So in general it takes 9 (float64: 17)"
+)
 
 # %% [markdown]
 # ## Where to read on
 #
-# - J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: random numbers by
-#   address.
+# - J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: random
+#   numbers by address.
 # - I. Loshchilov, F. Hutter, "Decoupled weight decay regularization", ICLR 2019, algorithm 2.
 # - Y. Bengio, R. Ducharme, P. Vincent, C. Jauvin, "A neural probabilistic language model", JMLR 3, 2003.
 # - [docs/checkpoints.md](../docs/checkpoints.md): the promise, its limits, and how it is tested.

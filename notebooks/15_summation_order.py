@@ -15,8 +15,9 @@
 # %% [markdown]
 # # 15 · Summation order: why threads change sums elsewhere, and not here
 #
-# Run the same training twice on the same machine with another number of threads, and most programs give another loss in the last
-# digits, soon in the first ones. This is not noise of the hardware. It is arithmetic, and it can be avoided at little cost.
+# Run the same training twice on the same machine with another number of threads, and most programs give another loss in the
+# last digits, soon in the first ones. This is not noise of the hardware. It is arithmetic, and it can be avoided at little
+# cost.
 #
 # **After this you can**
 #
@@ -53,13 +54,13 @@ def digest(*arrays):
 # %% [markdown]
 # ## Addition is not associative
 #
-# A float has a fixed number of significant bits: 24 in float32, 53 in float64. The exact sum of two floats is rounded to the nearest
-# float, which makes a relative error of at most $u$, the unit roundoff:
+# A float has a fixed number of significant bits: 24 in float32, 53 in float64. The exact sum of two floats is rounded to
+# the nearest float, which makes a relative error of at most $u$, the unit roundoff:
 #
 # $$ \mathrm{fl}(a + b) = (a + b)(1 + \delta), \qquad |\delta| \le u, \qquad u = 2^{-24} \text{ (float32)},\ 2^{-53} \text{ (float64)} $$
 #
-# $a+b$ and $b+a$ are rounded alike, so addition commutes. But the *intermediate* results of $(a+b)+c$ and $a+(b+c)$ are other
-# numbers, and are rounded otherwise.
+# $a+b$ and $b+a$ are rounded alike, so addition commutes. But the *intermediate* results of $(a+b)+c$ and $a+(b+c)$ are
+# other numbers, and are rounded otherwise.
 
 # %%
 print((0.1 + 0.2) + 0.3, "and", 0.1 + (0.2 + 0.3))
@@ -67,8 +68,8 @@ big, one = np.float32(2**24), np.float32(1)
 print((big + one) + one - big, "and", (one + one) + big - big, " (float32)")
 
 # %% [markdown]
-# In the second line $2^{24} + 1$ needs 25 bits. It lies halfway between two floats and is rounded to the one with an even last bit,
-# $2^{24}$: the 1 is gone, twice. Added to each other first, the ones survive.
+# In the second line $2^{24} + 1$ needs 25 bits. It lies halfway between two floats and is rounded to the one with an even
+# last bit, $2^{24}$: the 1 is gone, twice. Added to each other first, the ones survive.
 #
 # How many results can one sum have? Take 1,000 normal numbers, float32, and add them one after the other, in 1,000 orders
 # (`np.cumsum` adds strictly from left to right):
@@ -81,7 +82,11 @@ step = np.spacing(np.float32(exact))  # between neighbouring floats there
 figure, axes = plt.subplots()
 values, counts = np.unique(sums, return_counts=True)
 axes.bar((values.astype(np.float64) - exact) / step, counts, width=0.8)
-axes.set(xlabel="error (units in the last place of the sum)", ylabel="orders that give it", title="one thousand orders of the same thousand numbers")
+axes.set(
+    xlabel="error (units in the last place of the sum)",
+    ylabel="orders that give it",
+    title="one thousand orders of the same thousand numbers",
+)
 plt.show()
 print(f"{len(values)} different sums; the exact one is {exact:.7f}")
 
@@ -90,17 +95,19 @@ print(f"{len(values)} different sums; the exact one is {exact:.7f}")
 #
 # ## How wrong may a sum be?
 #
-# Write out the roundings of the sum from left to right: $\hat s_k = (\hat s_{k-1} + x_k)(1+\delta_k)$. The number $x_1$ goes through all
-# $n-1$ roundings, $x_k$ through $n-k+1$ of them. To first order in $u$:
+# Write out the roundings of the sum from left to right: $\hat s_k = (\hat s_{k-1} + x_k)(1+\delta_k)$. The number $x_1$
+# goes through all $n-1$ roundings, $x_k$ through $n-k+1$ of them. To first order in $u$:
 #
 # $$ |\hat s - s| \le (n-1)\, u \sum_i |x_i| \quad\text{(one after the other)} $$
 #
-# Now add in pairs, the pairs in pairs, and so on, a binary tree: every number goes through only $\lceil\log_2 n\rceil$ roundings.
+# Now add in pairs, the pairs in pairs, and so on, a binary tree: every number goes through only $\lceil\log_2 n\rceil$
+# roundings.
 #
 # $$ |\hat s - s| \le \lceil \log_2 n \rceil\, u \sum_i |x_i| \quad\text{(in pairs)} $$
 #
-# (Higham 1993.) These are bounds for the worst case. Roundings go up and down, and typical errors are about the square root of the
-# bound's factor.
+# (Higham 1993.) These are bounds for the worst case. Roundings go up and down, and typical errors are about the square root
+# of the bound's factor.
+
 
 # %%
 def in_pairs(x):
@@ -126,7 +133,11 @@ for (name, error), color in zip(errors.items(), (COLORS["red"], COLORS["blue"]),
     axes.loglog(sizes, error, "o-", color=color, label=name)
 axes.loglog(sizes, (sizes - 1) * u, ":", color=COLORS["red"], label="bound (n-1) u")
 axes.loglog(sizes, np.log2(sizes) * u, ":", color=COLORS["blue"], label="bound log2(n) u")
-axes.set(xlabel="n, numbers between 0 and 1", ylabel="relative error", title="a tree is also the better sum (float32, worst of 4 draws)")
+axes.set(
+    xlabel="n, numbers between 0 and 1",
+    ylabel="relative error",
+    title="a tree is also the better sum (float32, worst of 4 draws)",
+)
 axes.legend()
 plt.show()
 print(f"2^20 numbers: {errors['one after the other'][-1]:.0e} one after the other, {errors['in pairs'][-1]:.0e} in pairs")
@@ -137,8 +148,8 @@ assert all(e <= max(1, np.log2(n)) * u for e, n in zip(errors["in pairs"], sizes
 #
 # ## Three ways for threads to get into a sum
 #
-# **1. The work is cut by the number of threads.** Each of $k$ threads adds its share, and the shares are added. The cut is part of the
-# order, so the result is a function of $k$:
+# **1. The work is cut by the number of threads.** Each of $k$ threads adds its share, and the shares are added. The cut is
+# part of the order, so the result is a function of $k$:
 
 # %%
 x = rng.normal(3, "summation", "shares", (10_000,))
@@ -154,9 +165,9 @@ for k in (1, 2, 3, 4, 8):
 assert len({by_thread(x, k) for k in (1, 2, 3, 4, 8)}) > 1
 
 # %% [markdown]
-# **2. Whoever is ready first adds first.** Shares are fixed, but each thread adds its share to a common total when it is done; atomic
-# additions on a GPU do this with every number. Now the result depends on who was faster, and differs from run to run on one machine.
-# Simulated, eight shares in ten orders of arrival:
+# **2. Whoever is ready first adds first.** Shares are fixed, but each thread adds its share to a common total when it is
+# done; atomic additions on a GPU do this with every number. Now the result depends on who was faster, and differs from run
+# to run on one machine. Simulated, eight shares in ten orders of arrival:
 
 # %%
 shares = [np.cumsum(share)[-1] for share in np.array_split(x, 8)]
@@ -165,7 +176,9 @@ print("ten runs:", " ".join(f"{total.view(np.uint32) & 0xFFFF:04x}" for total in
 print(len(set(arrivals)), "different totals")
 
 # %% [markdown]
-# And not simulated. (This cell's output changes with the machine and the moment; with few cores the threads often arrive in order.)
+# And not simulated. (This cell's output changes with the machine and the moment; with few cores the threads often arrive in
+# order.)
+
 
 # %% tags=["varies"]
 def in_order_of_arrival(parts):
@@ -191,8 +204,10 @@ print(len({in_order_of_arrival(parts) for _ in range(30)}), "different totals in
 # %% [markdown]
 # The lock is right: no number is lost. *Data races* and *order* are two questions; sanitizers find only the first.
 #
-# **3. A library does either for you.** Matrix products are computed by BLAS (here OpenBLAS, inside NumPy), which has threads of its
-# own and cuts a product by their number. How many of these shapes have the same bits with one and with two of its threads?
+# **3. A library does either for you.** Matrix products are computed by BLAS (here OpenBLAS, inside NumPy), which has
+# threads of its own and cuts a product by their number. How many of these shapes have the same bits with one and with two
+# of its threads?
+
 
 # %% tags=["varies"]
 def bits(a, b, threads):
@@ -206,17 +221,19 @@ for m, k, n in [(64, 64, 64), (512, 512, 512), (1, 4096, 512), (100, 10_000, 100
     print(f"[{m},{k}] @ [{k},{n}]: {'the same bits' if same else 'OTHER bits'} with two threads")
 
 # %% [markdown]
-# Which ones differ is a matter of the library's version and of the processor; that some do is enough. Therefore `parallel.py` gives
-# BLAS one thread a call, and spreads calls over threads itself. It checks at import that BLAS obeys.
+# Which ones differ is a matter of the library's version and of the processor; that some do is enough. Therefore
+# `parallel.py` gives BLAS one thread a call, and spreads calls over threads itself. It checks at import that BLAS obeys.
 #
 # ## Fixed tiles: threads decide who computes, never what
 #
-# The cure for 1 and 3: cut the work by its *shape* alone, into tiles. Threads take tiles from a common heap, as they are free. Each
-# tile is computed by one thread from beginning to end, and written to a place of its own. The whole idea is in two functions:
+# The cure for 1 and 3: cut the work by its *shape* alone, into tiles. Threads take tiles from a common heap, as they are
+# free. Each tile is computed by one thread from beginning to end, and written to a place of its own. The whole idea is in
+# two functions:
 
 # %%
 print(inspect.getsource(parallel.tiles))
 print(inspect.getsource(parallel._product_tiles_of))
+
 
 # %%
 def sum_of_tiles(x, threads, size=1000):
@@ -240,8 +257,8 @@ print({threads: f"{s.view(np.uint32):08x}" for threads, s in by_tiles.items()})
 assert len(set(by_tiles.values())) == 1
 
 # %% [markdown]
-# In a matrix product $C = AB$ the tiles are blocks of rows (or columns) of $C$: the sum over the inner index is never cut, so nothing
-# has to be added up afterwards. For some shapes of a real model:
+# In a matrix product $C = AB$ the tiles are blocks of rows (or columns) of $C$: the sum over the inner index is never cut,
+# so nothing has to be added up afterwards. For some shapes of a real model:
 
 # %%
 a, b = rng.normal(5, "a", "tiles", (2048, 384)), rng.normal(5, "b", "tiles", (384, 512))
@@ -255,17 +272,18 @@ print("1, 2, 3 threads:", "the same bits" if len(products) == 1 else products)
 assert len(products) == 1
 
 # %% [markdown]
-# The *borders* do matter (below, under "What BLAS does not promise"). They are a function of the shapes, and so part of what is computed,
-# like the learning rate: `NUMERICS_VERSION` in `version.py` is raised when they change.
+# The *borders* do matter (below, under "What BLAS does not promise"). They are a function of the shapes, and so part of
+# what is computed, like the learning rate: `NUMERICS_VERSION` in `version.py` is raised when they change.
 #
 # ## A fixed tree
 #
-# Some things must be added across tiles: squares for the norm of all gradients, losses and gradients of micro-batches. The order must
-# depend on the number of parts $n$ alone. `tree_sum` uses this tree over the parts $i \dots j-1$:
+# Some things must be added across tiles: squares for the norm of all gradients, losses and gradients of micro-batches. The
+# order must depend on the number of parts $n$ alone. `tree_sum` uses this tree over the parts $i \dots j-1$:
 #
 # $$ T[i,j) = \begin{cases} x_i & j - i = 1 \\ T[i, i+p) + T[i+p, j) & p = \text{the largest power of two below } j - i \end{cases} $$
 #
 # If the "numbers" are strings and addition writes brackets, the order can be read:
+
 
 # %%
 def brackets(a, b):
@@ -284,9 +302,11 @@ for n in range(1, 9):
     print(n, tree("abcdefgh"[:n], brackets))
 
 # %% [markdown]
-# Why the largest power of two? Because parts that *arrive one by one* can be folded into the same tree by counting in binary. Keep a
-# stack of partial sums; a new part is a sum of size 1; while the top of the stack has the same size, add the two: the carry of a
-# binary counter. After $n$ parts the stack holds one sum for each bit of $n$ that is 1, so at most $\log_2 n + 1$.
+# Why the largest power of two? Because parts that *arrive one by one* can be folded into the same tree by counting in
+# binary. Keep a stack of partial sums; a new part is a sum of size 1; while the top of the stack has the same size, add the
+# two: the carry of a binary counter. After $n$ parts the stack holds one sum for each bit of $n$ that is 1, so at most
+# $\log_2 n + 1$.
+
 
 # %%
 def push(stack, part, add):
@@ -305,6 +325,7 @@ for n, letter in enumerate("abcdefg", 1):
 
 # %% [markdown]
 # At the end the stack is folded from its right end. The same through the package, for every number of parts up to 200:
+
 
 # %%
 def folded(parts, add):
@@ -329,7 +350,9 @@ print(inspect.getsource(parallel.TreeCounter.push))
 # A small Llama, large enough that its products are cut into tiles. All gradients, the norm and the parameters after AdamW:
 
 # %%
-config = load_config("tiny-llama", ["hidden_size=128", "intermediate_size=384", "max_seq_len=64", "batch_size=16", "target_device=cpu"])
+config = load_config(
+    "tiny-llama", ["hidden_size=128", "intermediate_size=384", "max_seq_len=64", "batch_size=16", "target_device=cpu"]
+)
 data = open_data(config)
 
 
@@ -359,20 +382,23 @@ assert len(set(steps.values())) == 1
 # %% [markdown]
 # ## Micro-batches
 #
-# The gradient of a batch is the sum over its windows, so a batch that does not fit into memory is computed in micro-batches, and
-# their gradients are added. Is that the same? In exact arithmetic:
+# The gradient of a batch is the sum over its windows, so a batch that does not fit into memory is computed in
+# micro-batches, and their gradients are added. Is that the same? In exact arithmetic:
 
 # %%
 accumulated = {k: one_step(2, k) for k in (1, 2, 4, 8)}
 for k, (gradients, norm, _) in accumulated.items():
-    print(f"{k} micro-batches of {16 // k:2d} windows: norm {norm:.5f}, {'the same' if gradients == accumulated[1][0] else 'other'} bits")
+    print(
+        f"{k} micro-batches of {16 // k:2d} windows: norm {norm:.5f}, {'the same' if gradients == accumulated[1][0] else 'other'} bits"
+    )
     assert abs(norm / accumulated[1][1] - 1) < 1e-6
 assert len({gradients for gradients, _, _ in accumulated.values()}) > 1
 
 # %% [markdown]
-# In floats it is not: the sum over the rows of a batch happens inside matrix products, and another batch is another product. So
-# `gradient_accumulation` is one of the keys that determine the bits; the number of *threads* is not. Within a step the micro-batches'
-# gradients are folded by the tree, however many there are, and one after the other so that at most $\log_2 n + 1$ sums are in memory:
+# In floats it is not: the sum over the rows of a batch happens inside matrix products, and another batch is another
+# product. So `gradient_accumulation` is one of the keys that determine the bits; the number of *threads* is not. Within a
+# step the micro-batches' gradients are folded by the tree, however many there are, and one after the other so that at most
+# $\log_2 n + 1$ sums are in memory:
 
 # %%
 held, most = [], []
@@ -394,8 +420,9 @@ plt.show()
 # %% [markdown]
 # ## What BLAS does not promise
 #
-# With one thread, the same call on the same machine gives the same bits. *The same numbers in another layout, or in another call,*
-# need not. Each line is an identity of mathematics; the column says in how many of 40 random shapes it holds to the bit here:
+# With one thread, the same call on the same machine gives the same bits. *The same numbers in another layout, or in another
+# call,* need not. Each line is an identity of mathematics; the column says in how many of 40 random shapes it holds to the
+# bit here:
 
 # %% tags=["varies"]
 identities = {
@@ -405,7 +432,8 @@ identities = {
     "A @ A.T, the transpose copied": lambda A, B: (A @ A.T, A @ A.T.copy()),
     "(B.T @ A.T).T": lambda A, B: (A @ B, (B.T @ A.T).T),
     "A @ B, inner index in two halves": lambda A, B: (
-        A @ B, A[:, : len(B) // 2] @ B[: len(B) // 2] + A[:, len(B) // 2 :] @ B[len(B) // 2 :]
+        A @ B,
+        A[:, : len(B) // 2] @ B[: len(B) // 2] + A[:, len(B) // 2 :] @ B[len(B) // 2 :],
     ),
     "A @ B, once more": lambda A, B: (A @ B, A @ B),
 }
@@ -419,8 +447,9 @@ for name, count in held.items():
     print(f"{name:36s} {count:2d} of 40")
 
 # %% [markdown]
-# "Row by row" is nearly always another routine (a matrix times a vector); "halves" looks as if it could be relied on. But BLAS has a
-# kernel of its own for each class of processors. OpenBLAS can be told to use another one, here that for processors without AVX-512:
+# "Row by row" is nearly always another routine (a matrix times a vector); "halves" looks as if it could be relied on. But
+# BLAS has a kernel of its own for each class of processors. OpenBLAS can be told to use another one, here that for
+# processors without AVX-512:
 
 # %% tags=["varies"]
 program = """
@@ -439,14 +468,14 @@ for name, environment in {"the kernel chosen here": {}, "the one named Haswell":
     print(f"{name}: two halves agree with the whole in {ran.stdout.strip() or 'none'} of 40 shapes")
 
 # %% [markdown]
-# So a test on one machine does not find who relies on it. What a program must keep fixed: the layout of every operand, the borders of
-# every call, and which calls are merged. Three consequences in `oxidizr_ref`:
+# So a test on one machine does not find who relies on it. What a program must keep fixed: the layout of every operand, the
+# borders of every call, and which calls are merged. Three consequences in `oxidizr_ref`:
 #
 # - parameters lie in C order, always; an optimizer refuses others, and a checkpoint stores no others;
-# - tiles depend on shapes alone; a batch of one token is computed by another routine than a batch of many, and decoding is compared
-#   with training within a tolerance, not with `==`;
-# - the BLAS build and its kernels are part of a checkpoint's *fingerprint*; two machine classes agree to rounding, and the file says
-#   which one made it.
+# - tiles depend on shapes alone; a batch of one token is computed by another routine than a batch of many, and decoding is
+#   compared with training within a tolerance, not with `==`;
+# - the BLAS build and its kernels are part of a checkpoint's *fingerprint*; two machine classes agree to rounding, and the
+#   file says which one made it.
 
 # %%
 try:
@@ -456,6 +485,7 @@ except ValueError as error:
 
 # %% [markdown]
 # ## What it costs
+
 
 # %% tags=["varies"]
 def milliseconds(work, repeats=7):
@@ -478,31 +508,37 @@ def tiled():
     return parallel.tree_sum(partial.tolist())
 
 
-print(f"4 million float32: np.sum {milliseconds(x.sum):.1f} ms, fixed tiles and a tree {milliseconds(tiled):.1f} ms, "
-      f"left to right {milliseconds(lambda: np.cumsum(x)):.1f} ms, exact (fsum) {milliseconds(lambda: math.fsum(x), 1):.0f} ms")
+print(
+    f"4 million float32: np.sum {milliseconds(x.sum):.1f} ms, fixed tiles and a tree {milliseconds(tiled):.1f} ms, "
+    f"left to right {milliseconds(lambda: np.cumsum(x)):.1f} ms, exact (fsum) {milliseconds(lambda: math.fsum(x), 1):.0f} ms"
+)
 a, b = rng.normal(6, "cost", "a", (2048, 768)), rng.normal(6, "cost", "b", (768, 768))
 with threadpool_limits(parallel.get_threads(), user_api="blas"):
     its_own = milliseconds(lambda: a @ b)
-print(f"[2048,768] @ [768,768] on {parallel.get_threads()} threads: BLAS's own threads {its_own:.1f} ms, "
-      f"fixed tiles {milliseconds(lambda: parallel.matmul(a, b)):.1f} ms; on one thread {milliseconds(lambda: a @ b):.1f} ms")
+print(
+    f"[2048,768] @ [768,768] on {parallel.get_threads()} threads: BLAS's own threads {its_own:.1f} ms, "
+    f"fixed tiles {milliseconds(lambda: parallel.matmul(a, b)):.1f} ms; on one thread {milliseconds(lambda: a @ b):.1f} ms"
+)
 
 # %% [markdown]
-# (Measured while other things may run on this machine.) The tiles' own sums are NumPy's and as fast as those; waking a second thread
-# costs some 60 µs, so tiles must be large enough ([record](../docs/decisions/2026-11-23-tiles-and-threads.md)). A whole training step
-# with all its orders fixed takes less time than PyTorch's on the same cores ([measured](../docs/performance.md)). Not being able to tell
-# a bug from a reordered sum costs days.
+# (Measured while other things may run on this machine.) The tiles' own sums are NumPy's and as fast as those; waking a
+# second thread costs some 60 µs, so tiles must be large enough
+# ([record](../docs/decisions/2026-11-23-tiles-and-threads.md)). A whole training step with all its orders fixed takes less
+# time than PyTorch's on the same cores ([measured](../docs/performance.md)). Not being able to tell a bug from a reordered
+# sum costs days.
 #
 # ## Exercises
 #
 # **1. Kahan.** Compensated summation keeps the part that a rounding threw away and gives it to the next addition:
-# `y = x - c; t = s + y; c = (t - s) - y; s = t`. Write `kahan(x)` for float32. It is far more accurate than left to right; does it make
-# the order irrelevant?
+# `y = x - c; t = s + y; c = (t - s) - y; s = t`. Write `kahan(x)` for float32. It is far more accurate than left to right;
+# does it make the order irrelevant?
 #
 # ```python
 # x = rng.uniform(1, "exercise", "kahan", 0, 20_000).astype(np.float32)
 # assert abs(float(kahan(x)) - math.fsum(x.tolist())) <= np.spacing(kahan(x))
 # assert kahan(a_few_numbers) != kahan(a_few_numbers[::-1])  # find some
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def kahan(x):
@@ -520,12 +556,15 @@ assert abs(float(kahan(x)) - math.fsum(x.tolist())) <= np.spacing(kahan(x))
 assert abs(float(np.cumsum(x)[-1]) - math.fsum(x.tolist())) > np.spacing(kahan(x))
 a_few_numbers = np.array([1, 1e10, 1, -1e10], dtype=np.float32)
 assert kahan(a_few_numbers) != kahan(a_few_numbers[::-1])
-print(f"more exact, but not free of order: {kahan(a_few_numbers)} and {kahan(a_few_numbers[::-1])} for the same four numbers (2)")
+print(
+    f"more exact, but not free of order: {kahan(a_few_numbers)} and {kahan(a_few_numbers[::-1])} for the same four numbers (2)"
+)
 
 # %% [markdown]
-# **2. A sum without an order.** Integers are added exactly, whatever the order, as long as they do not overflow. Write `fixed(x)`: scale
-# float32 numbers by a power of two that depends on the largest of them and on their number, round to int64, add, scale back. All 1,000
-# orders must give one result, and its error must be no larger than that of a float32 sum in pairs:
+# **2. A sum without an order.** Integers are added exactly, whatever the order, as long as they do not overflow. Write
+# `fixed(x)`: scale float32 numbers by a power of two that depends on the largest of them and on their number, round to
+# int64, add, scale back. All 1,000 orders must give one result, and its error must be no larger than that of a float32 sum
+# in pairs:
 #
 # ```python
 # x = rng.normal(0, "summation", "numbers", (1024,))
@@ -534,6 +573,7 @@ print(f"more exact, but not free of order: {kahan(a_few_numbers)} and {kahan(a_f
 # ```
 #
 # Why is this not used for everything? (Demmel & Nguyen 2015 make it work without knowing the largest number first.)
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def fixed(x):
@@ -545,20 +585,24 @@ def fixed(x):
 x = rng.normal(0, "summation", "numbers", (1024,))
 assert len({fixed(x[rng.permutation(0, "orders", k, 1024)]) for k in range(1000)}) == 1
 assert abs(fixed(x) - math.fsum(x.tolist())) <= abs(float(in_pairs(x)) - math.fsum(x.tolist()))
-print("one result in 1,000 orders. But all numbers are read twice (the maximum first), small ones beside a large one lose bits,")
+print(
+    "one result in 1,000 orders. But all numbers are read twice (the maximum first), small ones beside a large one lose bits,"
+)
 print("and sums inside matrix products belong to BLAS")
 
 # %% [markdown]
-# **3. Rings and trees.** In a ring all-reduce of $k$ workers, component $i$ of a vector is added up along the ring from worker
-# $i \bmod k$ on. Simulate it: `ring(vectors)` for a list of equal-length vectors. Give every component the same numbers, and find that
-# the components of the result differ. Then write `by_tree(parts, workers)`: eight fixed parts lie on 1, 2, 4 or 8 workers in
-# consecutive blocks; each worker folds its own parts, then the workers' sums are folded; the result must not depend on the workers:
+# **3. Rings and trees.** In a ring all-reduce of $k$ workers, component $i$ of a vector is added up along the ring from
+# worker $i \bmod k$ on. Simulate it: `ring(vectors)` for a list of equal-length vectors. Give every component the same
+# numbers, and find that the components of the result differ. Then write `by_tree(parts, workers)`: eight fixed parts lie on
+# 1, 2, 4 or 8 workers in consecutive blocks; each worker folds its own parts, then the workers' sums are folded; the result
+# must not depend on the workers:
 #
 # ```python
 # parts = [np.full(8, value, dtype=np.float32) for value in rng.normal(9, "ring", "values", (8,))]
 # assert len(set(ring(parts).tolist())) > 1
 # assert len({digest(by_tree(parts, workers)) for workers in (1, 2, 4, 8)}) == 1
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def ring(vectors):
@@ -584,12 +628,14 @@ print("the ring gives", sorted(set(ring(parts).tolist())))
 print("blocks of a power of two are whole subtrees of the tree, so it does not matter who folds them")
 
 # %% [markdown]
-# **4. Depth.** Let `add = lambda a, b: 1 + max(a, b)` and all parts 0: then `tree_sum` computes the number of additions that a part goes
-# through at most. Compare with the bound of the text for 1 … 2,000 parts, and with the sum from left to right.
+# **4. Depth.** Let `add = lambda a, b: 1 + max(a, b)` and all parts 0: then `tree_sum` computes the number of additions
+# that a part goes through at most. Compare with the bound of the text for 1 … 2,000 parts, and with the sum from left to
+# right.
 #
 # ```python
 # assert all(depth(n) == math.ceil(math.log2(n)) for n in range(1, 2001))
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def depth(n):
@@ -602,12 +648,13 @@ print(f"2,000 parts: {depth(2000)} additions deep, against 1,999 from left to ri
 # %% [markdown]
 # ## Where to read on
 #
-# - N. J. Higham, "The accuracy of floating point summation", SIAM J. Sci. Comput. 14(4), 1993; and *Accuracy and Stability of Numerical
-#   Algorithms*, SIAM, 2nd edition 2002, chapter 4.
+# - N. J. Higham, "The accuracy of floating point summation", SIAM J. Sci. Comput. 14(4), 1993; and *Accuracy and Stability
+#   of Numerical Algorithms*, SIAM, 2nd edition 2002, chapter 4.
 # - W. Kahan, "Further remarks on reducing truncation errors", Comm. ACM 8(1), 1965.
 # - J. Demmel, H. D. Nguyen, "Parallel reproducible summation", IEEE Trans. Computers 64(7), 2015.
-# - D. Goldberg, "What every computer scientist should know about floating-point arithmetic", ACM Computing Surveys 23(1), 1991.
-# - `oxidizr_ref/parallel.py`, `sums.py`; [how work is cut into tiles](../docs/decisions/2026-11-23-tiles-and-threads.md); the machine
-#   class in [docs/checkpoints.md](../docs/checkpoints.md).
-# - Next: [16 · Find the bug in someone else's transformer](16_find_the_bug.ipynb): there the other program may *not* have our bits, and
-#   the question is how far apart is still right.
+# - D. Goldberg, "What every computer scientist should know about floating-point arithmetic", ACM Computing Surveys 23(1),
+#   1991.
+# - `oxidizr_ref/parallel.py`, `sums.py`; [how work is cut into tiles](../docs/decisions/2026-11-23-tiles-and-threads.md);
+#   the machine class in [docs/checkpoints.md](../docs/checkpoints.md).
+# - Next: [16 · Find the bug in someone else's transformer](16_find_the_bug.ipynb): there the other program may *not* have
+#   our bits, and the question is how far apart is still right.

@@ -15,13 +15,14 @@
 # %% [markdown]
 # # 16 · Find the bug in someone else's transformer
 #
-# A colleague has written the same model in another language, on another framework, or a year ago. It trains. Its loss is plausible.
-# Something in it is wrong. Staring at code finds what one expects; comparing numbers finds what is there.
+# A colleague has written the same model in another language, on another framework, or a year ago. It trains. Its loss is
+# plausible. Something in it is wrong. Staring at code finds what one expects; comparing numbers finds what is there.
 #
 # **After this you can**
 #
 # - record a *golden trace* of a training step, and write one of your own program with ten lines of code;
-# - explain why the first number that differs is found by reading two traces in the order of execution, and what makes it an *origin*;
+# - explain why the first number that differs is found by reading two traces in the order of execution, and what makes it an
+#   *origin*;
 # - name op and layer of five classic mistakes without having read the program;
 # - tell a mistake from rounding, with an error budget that is measured and not guessed.
 #
@@ -46,9 +47,9 @@ HERE = Path(temporary.name)
 # %% [markdown]
 # ## The reference
 #
-# One training step of a small Llama (two layers, 4 query heads on 2 key/value heads), in float64, with every value kept under its
-# name. The weights are *lively*: normal numbers of deviation 0.25, at which no part is negligible. First weights are so small that a
-# wrong attention hardly matters, and a mistake can hide.
+# One training step of a small Llama (two layers, 4 query heads on 2 key/value heads), in float64, with every value kept
+# under its name. The weights are *lively*: normal numbers of deviation 0.25, at which no part is negligible. First weights
+# are so small that a wrong attention hardly matters, and a mistake can hide.
 #
 # ```bash
 # oxidizr-ref trace record -f tiny-llama --dtype f64 --weights lively --set gradient_accumulation=1 -o reference.safetensors
@@ -62,16 +63,19 @@ reference = Trace(HERE / "reference.safetensors")
 roles = [record.role for record in reference.records.values()]
 print({role: roles.count(role) for role in dict.fromkeys(roles)})
 for record in [r for r in reference.records.values() if r.layer == 0 and r.role == "output"][:12]:
-    print(f"{record.name:38s} {record.shape!s:16s} {record.op:17s} of {', '.join(n.replace('layers.0.', '') for n in record.inputs)}")
+    print(
+        f"{record.name:38s} {record.shape!s:16s} {record.op:17s} of {', '.join(n.replace('layers.0.', '') for n in record.inputs)}"
+    )
 
 # %% [markdown]
-# The records stand in the order of execution, and each knows what it was computed from: together they are the graph of the step.
+# The records stand in the order of execution, and each knows what it was computed from: together they are the graph of the
+# step.
 #
 # ## Somebody's transformer
 #
-# Here is the other program: plain NumPy, written from the papers, without a look at our code. It calls `note(name, value)` wherever
-# something has a name in the [list of names](../docs/trace_names.md). That is all that a program must add. It starts from the weights
-# and tokens of the reference.
+# Here is the other program: plain NumPy, written from the papers, without a look at our code. It calls `note(name, value)`
+# wherever something has a name in the [list of names](../docs/trace_names.md). That is all that a program must add. It
+# starts from the weights and tokens of the reference.
 #
 # Shapes: B sequences, T tokens, D channels, H query heads on K key/value heads of width P.
 
@@ -115,8 +119,9 @@ class Theirs:
 
 
 # %% [markdown]
-# $\text{scores} = q k^\top / \sqrt P$, each key head serving $H/K$ query heads; the causal mask; softmax; the mix of values; then the
-# SwiGLU feed-forward $\text{down}(\text{silu}(\text{gate}(x)) \circ \text{up}(x))$.
+# $\text{scores} = q k^\top / \sqrt P$, each key head serving $H/K$ query heads; the causal mask; softmax; the mix of
+# values; then the SwiGLU feed-forward $\text{down}(\text{silu}(\text{gate}(x)) \circ \text{up}(x))$.
+
 
 # %%
 def attention(self, name, x):
@@ -159,6 +164,7 @@ Theirs.attention, Theirs.for_all_heads, Theirs.mlp, Theirs.forward = attention, 
 
 # %% [markdown]
 # And five versions of it, each with one mistake that people really make:
+
 
 # %%
 class WrongPairs(Theirs):
@@ -204,14 +210,15 @@ for kind in [Theirs, *MISTAKES]:
     print(f"{kind.__name__:11s} {kind(reference).forward():.6f}")
 
 # %% [markdown]
-# The losses say that five programs differ from the reference. Which, had you only one of them and no reference, would you call wrong?
-# And from the loss alone, *what* is wrong? (`SeesAhead` is the most dangerous: in training its loss falls faster than anybody's, for it
-# reads the answer. Only generation shows it.)
+# The losses say that five programs differ from the reference. Which, had you only one of them and no reference, would you
+# call wrong? And from the loss alone, *what* is wrong? (`SeesAhead` is the most dangerous: in training its loss falls
+# faster than anybody's, for it reads the answer. Only generation shows it.)
 #
 # ## By hand: read both in the order of execution
 #
-# The loss is computed from everything, so it carries every mistake and locates none. But the values in between can be put side by side,
-# the first one first. Until the mistake all is equal up to rounding; behind it nearly nothing is.
+# The loss is computed from everything, so it carries every mistake and locates none. But the values in between can be put
+# side by side, the first one first. Until the mistake all is equal up to rounding; behind it nearly nothing is.
+
 
 # %%
 def error(name, other):
@@ -246,10 +253,11 @@ for kind in MISTAKES:
 #
 # ## Origins
 #
-# In the order of execution $q$ is computed before $k$ and $v$. If $v$ were wrong as well, for a reason of its own, "the first" would hide
-# it. What makes a value a **culprit** is not its place: it is that it is wrong *although everything it was computed from is right*.
-# The records have `inputs`, so this can be asked of every value. Inputs that the other program did not note are replaced by *their*
-# inputs.
+# In the order of execution $q$ is computed before $k$ and $v$. If $v$ were wrong as well, for a reason of its own, "the
+# first" would hide it. What makes a value a **culprit** is not its place: it is that it is wrong *although everything it
+# was computed from is right*. The records have `inputs`, so this can be asked of every value. Inputs that the other program
+# did not note are replaced by *their* inputs.
+
 
 # %%
 def nearest_inputs(name, other):
@@ -275,14 +283,15 @@ for kind in MISTAKES:
     print(f"{kind.__name__:11s} {wrong:2d} values wrong; origins: {', '.join(origins(theirs.noted, 1e-12))}")
 
 # %% [markdown]
-# `WrongPairs` has two origins, `q` and `k` of layer 0: neither is computed from the other. Those of layer 1 are wrong as well, but they
-# are computed from wrong inputs, so nothing can be said of them; nor of the second layer of `NoScale`. Mend what was found, and look
-# again. `WrongEps` shows at the very first norm.
+# `WrongPairs` has two origins, `q` and `k` of layer 0: neither is computed from the other. Those of layer 1 are wrong as
+# well, but they are computed from wrong inputs, so nothing can be said of them; nor of the second layer of `NoScale`. Mend
+# what was found, and look again. `WrongEps` shows at the very first norm.
 #
 # ## The same with the package
 #
-# Their program writes a trace. In Python that is a `TraceWriter`; the [format](../docs/trace_format.md) is a safetensors file that any
-# language can write, and there are examples in C, Rust and PyTorch.
+# Their program writes a trace. In Python that is a `TraceWriter`; the [format](../docs/trace_format.md) is a safetensors
+# file that any language can write, and there are examples in C, Rust and PyTorch.
+
 
 # %%
 def write(kind, dtype=np.float64, precision="f64"):
@@ -303,18 +312,20 @@ for kind in [Theirs, *MISTAKES]:
     print(f"{kind.__name__:11s} {'agrees' if found.agrees else 'differs at ' + ', '.join(o.name for o in found.origins)}")
 
 # %% [markdown]
-# The report adds what helps at once (on the command line: `oxidizr-ref trace compare reference.safetensors NoScale.f64.safetensors`):
+# The report adds what helps at once (on the command line:
+# `oxidizr-ref trace compare reference.safetensors NoScale.f64.safetensors`):
 
 # %% tags=["varies"]
 found = compare(reference, HERE / "NoScale.f64.safetensors")
 print("\n".join(line.replace(f"{HERE}/", "") for line in report(found).splitlines()[:16]))
 
 # %% [markdown]
-# "The other is 2.828427 times the reference": $\sqrt 8$, and $P = 8$. A constant factor with cosine 1 is a forgotten scale. The other
-# reports speak as clearly:
+# "The other is 2.828427 times the reference": $\sqrt 8$, and $P = 8$. A constant factor with cosine 1 is a forgotten scale.
+# The other reports speak as clearly:
 #
 # - `WrongPairs`: `q` and `k` differ, and at the first token they agree. Position 0 is not turned, whatever the pairs are.
 # - `SeesAhead`: `masked_scores` differ in as many elements as there are cells on the diagonal above the main one.
+
 
 # %%
 def beyond(kind, name):
@@ -335,12 +346,13 @@ assert turned[:, 1].min() == 1 and set(ahead[:, 3] - ahead[:, 2]) == {1}
 # %% [markdown]
 # ## What may an error be?
 #
-# In float64 the question hardly arises: rounding is $10^{-16}$, mistakes are not. But most programs compute in float32 or less. How far
-# off may a *right* one be? Nobody can say beforehand what rounding does to each value: some are sums of thousands of terms, some are
-# differences of nearly equal ones.
+# In float64 the question hardly arises: rounding is $10^{-16}$, mistakes are not. But most programs compute in float32 or
+# less. How far off may a *right* one be? Nobody can say beforehand what rounding does to each value: some are sums of
+# thousands of terms, some are differences of nearly equal ones.
 #
-# So it is measured. The recorded step is done again in the precision in question, in several ways that are all right (plain, fused, every
-# number shaken by a unit in its last place). The largest distance from float64 that a tensor shows there, times 16, is its **budget**.
+# So it is measured. The recorded step is done again in the precision in question, in several ways that are all right
+# (plain, fused, every number shaken by a unit in its last place). The largest distance from float64 that a tensor shows
+# there, times 16, is its **budget**.
 
 # %% tags=["varies"]
 granted = budgets(reference, "f32")
@@ -365,15 +377,27 @@ for kind, found in in_f32.items():
     axes.semilogy(used, "-", linewidth=3 if kind is Theirs else 1.3, label=kind.__name__)
 axes.axhline(1, color="0.3", linestyle=":")
 marks = [i for i, name in enumerate(names) if name.endswith(("input_layernorm.rms", "after_attention", "logits"))]
-axes.set_xticks(marks, [names[i].replace("layers.", "layer ").replace(".input_layernorm.rms", "\nbegins").replace(".after_", "\nafter ") for i in marks], fontsize=8)
-axes.set(xlabel="values in the order of execution", ylabel="error / budget", title="their program in float32: until the mistake all is rounding", ylim=(1e-3, 1e7))
+axes.set_xticks(
+    marks,
+    [
+        names[i].replace("layers.", "layer ").replace(".input_layernorm.rms", "\nbegins").replace(".after_", "\nafter ")
+        for i in marks
+    ],
+    fontsize=8,
+)
+axes.set(
+    xlabel="values in the order of execution",
+    ylabel="error / budget",
+    title="their program in float32: until the mistake all is rounding",
+    ylim=(1e-3, 1e7),
+)
 axes.legend(fontsize=8, ncols=3, loc="upper left")
 plt.show()
 
 # %% [markdown]
-# The right program in float32 (blue, thick) stays below the line everywhere; a mistake is a cliff. Behind it everything is wrong, so the
-# height of the curve there says little: **only the cliff's foot counts**. (`WrongPairs` comes down once more after `k`: the next value is
-# that of `v`, which has nothing to do with positions.)
+# The right program in float32 (blue, thick) stays below the line everywhere; a mistake is a cliff. Behind it everything is
+# wrong, so the height of the curve there says little: **only the cliff's foot counts**. (`WrongPairs` comes down once more
+# after `k`: the next value is that of `v`, which has nothing to do with positions.)
 #
 # Follow `WrongEps`, the smallest mistake, to the end of its curve. Who compares the losses in float32 acquits it:
 
@@ -385,6 +409,7 @@ assert in_f32[WrongEps].tensors["loss"].verdict == "agrees" and not in_f32[Wrong
 
 # %% [markdown]
 # Is there a mistake that float32 cannot show at all? There is, if it is smaller than rounding:
+
 
 # %%
 class EpsOutside(Theirs):
@@ -401,20 +426,21 @@ for dtype, precision in ((np.float32, "f32"), (np.float64, "f64")):
     print(f"EpsOutside in {precision}: {'agrees' if found.agrees else f'differs first at {found.first.name}'}")
 
 # %% [markdown]
-# `EpsOutside` replaces $\sqrt{m + \varepsilon}$ by its first-order expansion $\sqrt m + \varepsilon/(2\sqrt m)$. The difference is
-# $\varepsilon^2/(8 m^{3/2})$, some $10^{-9}$ of the result: below the rounding of float32, where nobody can see it and where it does no
-# harm, and far above that of float64. Hence two rules. Compare in float64 if the program can be run in it; and *agrees* means: to within
-# what this precision can show.
+# `EpsOutside` replaces $\sqrt{m + \varepsilon}$ by its first-order expansion $\sqrt m + \varepsilon/(2\sqrt m)$. The
+# difference is $\varepsilon^2/(8 m^{3/2})$, some $10^{-9}$ of the result: below the rounding of float32, where nobody can
+# see it and where it does no harm, and far above that of float64. Hence two rules. Compare in float64 if the program can be
+# run in it; and *agrees* means: to within what this precision can show.
 #
 # ## Backwards
 #
-# A forward pass can be right and a gradient wrong. The trace has both. Somebody wrote the last part of the backward pass by hand, with
-# $dy$ = the gradient of the norm's result:
+# A forward pass can be right and a gradient wrong. The trace has both. Somebody wrote the last part of the backward pass by
+# hand, with $dy$ = the gradient of the norm's result:
 #
 # $$ y = \frac{x}{r} \circ w,\quad r = \sqrt{\overline{x^2} + \varepsilon}
 #    \qquad\Longrightarrow\qquad dx = \frac{dy \circ w}{r} - \frac{x}{r^3}\,\overline{(dy \circ w \circ x)} $$
 #
 # and, in one version, forgot that $r$ depends on $x$: no second term.
+
 
 # %%
 def backward(theirs, second_term=True):
@@ -438,7 +464,9 @@ for second_term in (True, False):
     backward(theirs, second_term)
     found = compare(reference, theirs.noted)  # arrays will do: no file is needed
     where = ", ".join(f"{o.name} ({o.record.op})" for o in found.origins)
-    print(f"{'whole' if second_term else 'half '} gradient of the norm: {'agrees' if found.agrees else 'differs at ' + where}")
+    print(
+        f"{'whole' if second_term else 'half '} gradient of the norm: {'agrees' if found.agrees else 'differs at ' + where}"
+    )
     assert found.agrees == second_term
 
 # %% [markdown]
@@ -446,8 +474,8 @@ for second_term in (True, False):
 #
 # ## Other names, other layouts
 #
-# Their names are not ours, and their queries are [B,H,T,P]. A *map* says how theirs becomes ours; maps for Hugging Face's models come
-# with the package.
+# Their names are not ours, and their queries are [B,H,T,P]. A *map* says how theirs becomes ours; maps for Hugging Face's
+# models come with the package.
 
 # %%
 (HERE / "map.yaml").write_text("""names:
@@ -468,15 +496,16 @@ assert found.agrees and len(found.tensors) == 4
 # %% [markdown]
 # ## Exercises
 #
-# **1. The mystery.** The hidden cell defines `Mystery(Theirs)` with one mistake. Do not look. Find the name of the value that is wrong
-# and, from what it was computed from and a few numbers, what the program does instead. Set `culprit` to the value's name, and
-# `instead` to an array that you computed from `Mystery`'s own `noted` inputs and that equals what it has:
+# **1. The mystery.** The hidden cell defines `Mystery(Theirs)` with one mistake. Do not look. Find the name of the value
+# that is wrong and, from what it was computed from and a few numbers, what the program does instead. Set `culprit` to the
+# value's name, and `instead` to an array that you computed from `Mystery`'s own `noted` inputs and that equals what it has:
 #
 # ```python
 # theirs = Mystery(reference); theirs.forward()
 # assert culprit == compare(reference, theirs.noted).origins[0].name
 # np.testing.assert_allclose(instead, theirs.noted[culprit], rtol=1e-12)
 # ```
+
 
 # %% tags=["hide-cell"] jupyter={"source_hidden": true}
 class Mystery(Theirs):
@@ -501,13 +530,14 @@ print("silu is applied to up instead of gate")
 
 # %% [markdown]
 # **2. Groups of heads.** With 4 query heads on 2 key/value heads, query heads 0 and 1 belong to key head 0. Somebody writes
-# `np.tile(x, (1, 1, H // K, 1))`: key heads 0, 1, 0, 1. Before you run it: which value will be the origin, and why not `k`? Then repair
-# it for the keys and leave it for the values. Which is it now?
+# `np.tile(x, (1, 1, H // K, 1))`: key heads 0, 1, 0, 1. Before you run it: which value will be the origin, and why not `k`?
+# Then repair it for the keys and leave it for the values. Which is it now?
 #
 # ```python
 # assert predicted == [o.name for o in compare(reference, run(Tiled)).origins]
 # assert predicted_then == [o.name for o in compare(reference, run(TiledValues)).origins]
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def run(kind):
@@ -538,13 +568,15 @@ assert heads.tolist() == [1, 2]
 print("query heads whose scores are wrong:", heads.tolist(), "- 0 and 3 got the right key head either way")
 
 # %% [markdown]
-# **3. Two at once.** Write `Two(WrongPairs)` in which, besides, the values are computed from the residual stream `h` and not from its
-# norm. The first wrong value is one, the origins are three. Why does the second mistake not hide behind the first?
+# **3. Two at once.** Write `Two(WrongPairs)` in which, besides, the values are computed from the residual stream `h` and
+# not from its norm. The first wrong value is one, the origins are three. Why does the second mistake not hide behind the
+# first?
 #
 # ```python
 # found = compare(reference, run(Two))
 # assert {o.name for o in found.origins} == {f"layers.0.self_attn.{n}" for n in ("q", "k", "v_proj.output")}
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 class Two(WrongPairs):
@@ -562,13 +594,14 @@ print("origins:", ", ".join(o.name for o in found.origins))
 print("v is not computed from q or k: all of its inputs are right, so it has to answer for itself")
 
 # %% [markdown]
-# **4. Fewer names.** A framework's hooks often give only the results of modules. Keep of `noted` the names that end in `.output`. What is
-# the origin of each of the five mistakes now, and what has it been computed from? Which additional name tells `NoScale` from
-# `SeesAhead`?
+# **4. Fewer names.** A framework's hooks often give only the results of modules. Keep of `noted` the names that end in
+# `.output`. What is the origin of each of the five mistakes now, and what has it been computed from? Which additional name
+# tells `NoScale` from `SeesAhead`?
 #
 # ```python
 # assert coarse[WrongPairs] == coarse[NoScale] == coarse[SeesAhead] == ["layers.0.self_attn.o_proj.output"]
 # ```
+
 
 # %% tags=["solution", "hide-cell"] jupyter={"source_hidden": true}
 def only_modules(kind, *more):
@@ -585,13 +618,14 @@ for kind in (NoScale, SeesAhead):
 # %% [markdown]
 # ## Where to read on
 #
-# - [Traces](../docs/traces.md), [what a trace shows](../docs/what_a_trace_shows.md): two real mistakes in a Mamba2 found in this way;
-#   [all names](../docs/trace_names.md); [the format](../docs/trace_format.md); [the golden set](../docs/golden_traces.md).
-# - [How budgets were chosen](../docs/decisions/2026-11-26-error-budgets.md), and how often right programs were accused (never, in 400
-#   comparisons) and planted mistakes found (all 55).
+# - [Traces](../docs/traces.md), [what a trace shows](../docs/what_a_trace_shows.md): two real mistakes in a Mamba2 found in
+#   this way; [all names](../docs/trace_names.md); [the format](../docs/trace_format.md);
+#   [the golden set](../docs/golden_traces.md).
+# - [How budgets were chosen](../docs/decisions/2026-11-26-error-budgets.md), and how often right programs were accused
+#   (never, in 400 comparisons) and planted mistakes found (all 55).
 # - In your tests: the fixture `golden` of the pytest plugin.
-# - J. Su et al., "RoFormer", 2021, section 3.4.2 (pairs 2i, 2i+1); H. Touvron et al., "LLaMA", 2023; B. Zhang, R. Sennrich, "Root mean
-#   square layer normalization", NeurIPS 2019; J. Ainslie et al., "GQA", 2023.
+# - J. Su et al., "RoFormer", 2021, section 3.4.2 (pairs 2i, 2i+1); H. Touvron et al., "LLaMA", 2023; B. Zhang, R. Sennrich,
+#   "Root mean square layer normalization", NeurIPS 2019; J. Ainslie et al., "GQA", 2023.
 # - Next: [17 · Train, generate, publish](17_train_generate_publish.ipynb).
 
 # %%

@@ -15,15 +15,17 @@
 # %% [markdown]
 # # 17 · Train, generate, publish
 #
-# The whole way, once: a text of one's own becomes tokens, a model is trained on them, judged, made to write, and packed so that others
-# can open it. Every stage is done by command, as one does it on a real project, and in Python, to see what the command does.
+# The whole way, once: a text of one's own becomes tokens, a model is trained on them, judged, made to write, and packed so
+# that others can open it. Every stage is done by command, as one does it on a real project, and in Python, to see what the
+# command does.
 #
 # The text is a world so small that everything the model says can be checked: sums of two digits, such as `7+8=15.`
 #
 # **After this you can**
 #
 # - prepare a text, write a config, train, evaluate, generate and pack, by command and from Python;
-# - say what temperature, top-k and top-p do to a distribution, write them in a few lines, and measure what they do to the truth;
+# - say what temperature, top-k and top-p do to a distribution, write them in a few lines, and measure what they do to the
+#   truth;
 # - compare a loss with the best that is possible, and tell memory from skill;
 # - say what belongs into a published model, and check a package before anyone sees it.
 #
@@ -46,7 +48,7 @@ from figures import COLORS, plt
 
 from oxidizr_ref import LanguageModel, Trainer, load_config, rng
 from oxidizr_ref.evaluation import joined, scores, whole_windows
-from oxidizr_ref.data import open_data, open_stream
+from oxidizr_ref.data import open_stream
 from oxidizr_ref.generation import generate
 from oxidizr_ref.interop.opened import open_model
 from oxidizr_ref.interop.pack import Wishes, pack
@@ -61,13 +63,14 @@ HERE = Path(temporary.name)
 
 
 def command(line):
-    """Run a command of the package in the temporary directory, and return what it prints on stdout."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    ran = subprocess.run(
-        [sys.executable, "-m", "oxidizr_ref", *shlex.split(line)], cwd=HERE, env={**clean, "COLUMNS": "100"}, capture_output=True, text=True
-    )
+    """Run a command of the package in the temporary directory. Returns its output, or if there is none, what it told meanwhile."""
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("HF_") and k not in ("FORCE_COLOR", "CLICOLOR_FORCE")
+    }
+    arguments = [sys.executable, "-m", "oxidizr_ref", *shlex.split(line)]
+    ran = subprocess.run(arguments, cwd=HERE, env={**environment, "COLUMNS": "100"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return ran.stdout or ran.stderr
 
 
 def sha256(path):
@@ -77,8 +80,9 @@ def sha256(path):
 # %% [markdown]
 # ## A text
 #
-# There are 100 sums of two digits. Ten of them are never shown to the model; they will tell whether it *adds* or *remembers*. The other
-# 90 stand in the text 120 times each, in an order drawn anew for every round. Documents are separated by `<|endoftext|>`.
+# There are 100 sums of two digits. Ten of them are never shown to the model; they will tell whether it *adds* or
+# *remembers*. The other 90 stand in the text 120 times each, in an order drawn anew for every round. Documents are
+# separated by `<|endoftext|>`.
 
 # %%
 FACTS = [f"{a}+{b}={a + b}." for a in range(10) for b in range(10)]
@@ -92,8 +96,8 @@ print("the text begins:", (HERE / "sums.txt").read_text()[:67])
 # %% [markdown]
 # ## Prepare
 #
-# Text becomes token ids in files ([data](../docs/data.md)). The tokenizer `byte` has 256 bytes and 4 special tokens. One document in
-# twenty goes to a second file, for judging.
+# Text becomes token ids in files ([data](../docs/data.md)). The tokenizer `byte` has 256 bytes and 4 special tokens. One
+# document in twenty goes to a second file, for judging.
 
 # %%
 print(command("prepare sums.txt -o sums.bin --validation 0.05"))
@@ -117,9 +121,9 @@ print("from the file beside it:", {key: getattr(meta, key) for key in ("vocab_si
 # %% [markdown]
 # ## A config
 #
-# A small Llama. Two keys deserve a word. `document_boundaries: reset` keeps documents apart: a token looks at its own document only,
-# though a window of 64 tokens holds eight of them. And `eval_fraction` keeps the end of the file away from training, so that a held-out
-# loss is known on the way.
+# A small Llama. Two keys deserve a word. `document_boundaries: reset` keeps documents apart: a token looks at its own
+# document only, though a window of 64 tokens holds eight of them. And `eval_fraction` keeps the end of the file away from
+# training, so that a held-out loss is known on the way.
 
 # %%
 (HERE / "sums.yaml").write_text("""\
@@ -147,13 +151,14 @@ data:
   path: sums.bin
   document_boundaries: reset
 """)
-print(command("inspect -f sums.yaml").split("\n\n")[0])
+print("\n".join(command("inspect -f sums.yaml").splitlines()[:12]))
 
 # %% [markdown]
 # ## Train
 #
-# By command: `oxidizr-ref train -f sums.yaml`, with a progress bar, Ctrl-C to stop, `--resume auto` to go on. In Python a `Trainer`.
-# Is it the same? For 20 steps, both:
+# By command: `oxidizr-ref train -f sums.yaml`, with a progress bar, Ctrl-C to stop, `--resume auto` to go on. In Python a
+# `Trainer`. Is it the same? For 20 steps, both:
+
 
 # %%
 def config(directory, *more):
@@ -177,22 +182,32 @@ print("files of the run:", sorted(path.name for path in (HERE / "run").iterdir()
 # %% [markdown]
 # ## How good could it be?
 #
-# A loss alone says little. What would the best possible predictor get? It knows the 90 sums and nothing else, for there is nothing else
-# to know: which sum comes next is chance. So a document costs $\ln 90$ nats, whatever its length, and a token
+# A loss alone says little. What would the best possible predictor get? It knows the 90 sums and nothing else, for there is
+# nothing else to know: which sum comes next is chance. So a document costs $\ln 90$ nats, whatever its length, and a token
 #
 # $$ L^* = \frac{\ln 90}{\text{tokens a document}} $$
 #
-# on average. (At the beginning of a window a document may be cut in two, and the second half has to be guessed without the first. That
-# costs a little more than $L^*$; no model can avoid it.)
+# on average. (At the beginning of a window a document may be cut in two, and the second half has to be guessed without the
+# first. That costs a little more than $L^*$; no model can avoid it.)
 
 # %%
 floor = math.log(len(known)) / (meta.tokens / meta.documents)
 figure, axes = plt.subplots()
-axes.plot([r["step"] for r in lines if "loss" in r], [r["loss"] for r in lines if "loss" in r], color="0.7", label="training, one batch")
+axes.plot(
+    [r["step"] for r in lines if "loss" in r],
+    [r["loss"] for r in lines if "loss" in r],
+    color="0.7",
+    label="training, one batch",
+)
 evaluated = [(r["step"], r["eval_loss"]) for r in lines if "eval_loss" in r]
 axes.plot(*zip(*evaluated, strict=True), "o-", color=COLORS["blue"], label="held out")
 axes.axhline(floor, linestyle=":", color="0.2", label="the best that is possible")
-axes.set(xlabel="step", ylabel="loss (nats a token)", title="how sentences look is learned at once, what they say later", ylim=(0.5, 1.6))
+axes.set(
+    xlabel="step",
+    ylabel="loss (nats a token)",
+    title="how sentences look is learned at once, what they say later",
+    ylim=(0.5, 1.6),
+)
 axes.legend()
 plt.show()
 
@@ -216,15 +231,19 @@ for step in (100, 200, 300, 400):
     texts = sentences(open_model(HERE / "run" / f"step_{step}.safetensors").model())
     well_formed = sum(re.fullmatch(r"[0-9]\+[0-9]=[0-9]{1,2}\.", text) is not None for text in texts)
     true = sum(text in FACTS for text in texts)
-    print(f"step {step}: held-out loss {dict(evaluated)[step]:.3f}, {well_formed / 200:.0%} look like a sum, {true / 200:.0%} are true")
+    print(
+        f"step {step}: held-out loss {dict(evaluated)[step]:.3f}, {well_formed / 200:.0%} look like a sum, {true / 200:.0%} are true"
+    )
 print(f"the best possible loss is {floor:.3f}")
 
 # %% [markdown]
-# After a quarter of the training nearly everything looks like a sum and little is true. Most of the loss is gone by then. The arithmetic
-# is in what is left: **a little loss can be a lot of skill**, and the last tenths of a long training are not for nothing.
+# After a quarter of the training nearly everything looks like a sum and little is true. Most of the loss is gone by then.
+# The arithmetic is in what is left: **a little loss can be a lot of skill**, and the last tenths of a long training are not
+# for nothing.
 #
-# Where in the sentence the uncertainty sits shows directly. For the known sentences whose sum has two digits, the loss at each character,
-# by hand from the logits:
+# Where in the sentence the uncertainty sits shows directly. For the known sentences whose sum has two digits, the loss at
+# each character, by hand from the logits:
+
 
 # %%
 def losses(model, sentence):
@@ -242,18 +261,23 @@ axes.bar(range(8), by_place, color=COLORS["blue"])
 axes.axhline(math.log(10), linestyle=":", color="0.4")
 axes.text(4, math.log(10) + 0.05, "ln 10: any digit", fontsize=9)
 axes.set_xticks(range(8), [*"a+b=1c.", "end"])
-axes.set(xlabel="character", ylabel="mean loss (nats)", title="where the uncertainty is: in the two digits that are free", ylim=(0, 2.8))
+axes.set(
+    xlabel="character",
+    ylabel="mean loss (nats)",
+    title="where the uncertainty is: in the two digits that are free",
+    ylim=(0, 2.8),
+)
 axes.grid(axis="x", visible=False)
 plt.show()
 
 # %% [markdown]
-# The two digits cost about $\ln 10 = 2.3$ each, as they must. Signs cost nothing. What is left at `1` and `c` is arithmetic that is not
-# quite certain.
+# The two digits cost about $\ln 10 = 2.3$ each, as they must. Signs cost nothing. What is left at `1` and `c` is arithmetic
+# that is not quite certain.
 #
 # ## Evaluate
 #
-# `oxidizr-ref eval` reads a file that was not trained on. With `--documents-apart` documents are kept apart as in training; without it
-# the model is asked about contexts that it never saw.
+# `oxidizr-ref eval` reads a file that was not trained on. With `--documents-apart` documents are kept apart as in training;
+# without it the model is asked about contexts that it never saw.
 
 # %% tags=["varies"]
 print(command("eval run -d sums.validation.bin --documents-apart"))
@@ -272,11 +296,14 @@ print("in Python, with the same batches: the same loss to the last bit")
 #
 # $$ p_i = \frac{\exp(z_i / \tau)}{\sum_j \exp(z_j / \tau)} $$
 #
-# with the **temperature** $\tau$. $\tau = 1$ is the model's own distribution. The ratio of two probabilities is raised to the power
-# $1/\tau$: below 1 likely tokens get likelier, in the limit 0 only the likeliest is left; above 1 all come closer.
+# with the **temperature** $\tau$. $\tau = 1$ is the model's own distribution. The ratio of two probabilities is raised to
+# the power $1/\tau$: below 1 likely tokens get likelier, in the limit 0 only the likeliest is left; above 1 all come
+# closer.
 #
-# **Top-k** draws only from the $k$ likeliest tokens. **Top-p** (nucleus sampling, Holtzman et al. 2020) draws from the smallest set of
-# likeliest tokens whose probabilities add up to at least $p$: few where the model is certain, many where it is not.
+# **Top-k** draws only from the $k$ likeliest tokens. **Top-p** (nucleus sampling, Holtzman et al. 2020) draws from the
+# smallest set of likeliest tokens whose probabilities add up to at least $p$: few where the model is certain, many where it
+# is not.
+
 
 # %%
 def by_hand(z, temperature=1.0, top_k=0, top_p=1.0):
@@ -296,7 +323,9 @@ def by_hand(z, temperature=1.0, top_k=0, top_p=1.0):
 prompt = np.array([end, *b"7+8=1"])
 z = model(prompt[None]).data[0, -1].astype(np.float64)
 for settings in ({}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 5}, {"temperature": 1.5, "top_p": 0.9}):
-    tokens_left, weights = candidates(z, np.array([], dtype=np.int64), Sampling(**{"temperature": 1.0, "top_k": 0, **settings}))
+    tokens_left, weights = candidates(
+        z, np.array([], dtype=np.int64), Sampling(**{"temperature": 1.0, "top_k": 0, **settings})
+    )
     theirs = np.zeros(260)
     theirs[tokens_left] = weights / weights.sum()
     assert np.allclose(theirs, by_hand(z, **settings), rtol=1e-12, atol=1e-15)
@@ -315,15 +344,18 @@ plt.show()
 for temperature in (0.5, 1.0, 1.5, 2.0):
     p = by_hand(z, temperature)
     nucleus = np.count_nonzero(by_hand(z, temperature, top_p=0.9))
-    print(f"temperature {temperature}: p(5) = {p[ord('5')]:.4f}; all tokens that are no digits together {1 - p[48:58].sum():.4f}; 90% have {nucleus}")
+    print(
+        f"temperature {temperature}: p(5) = {p[ord('5')]:.4f}; all tokens that are no digits together {1 - p[48:58].sum():.4f}; 90% have {nucleus}"
+    )
 
 # %% [markdown]
-# At temperature 2 each of the 250 tokens that make no sense here is still improbable. But there are 250 of them, and together they are
-# not. The tail is what goes wrong at high temperatures, and it is what top-k and top-p cut off.
+# At temperature 2 each of the 250 tokens that make no sense here is still improbable. But there are 250 of them, and
+# together they are not. The tail is what goes wrong at high temperatures, and it is what top-k and top-p cut off.
 #
 # ### What it does to the truth
 #
-# In this world truth can be counted. 200 sentences for each setting: how many are true? And how many different true ones are there?
+# In this world truth can be counted. 200 sentences for each setting: how many are true? And how many different true ones
+# are there?
 
 # %%
 temperatures = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -334,21 +366,31 @@ for top_p, color in ((1.0, "red"), (0.9, "blue"), (0.5, "green")):
     left.plot(temperatures, [len(some) / 200 for some in true], "o-", color=COLORS[color], label=f"top-p {top_p}")
     right.plot(temperatures, [len(set(some)) for some in true], "o-", color=COLORS[color], label=f"top-p {top_p}")
 left.set(xlabel="temperature", ylabel="true sentences (share)", title="truth", ylim=(-0.03, 1.03))
-right.set(xlabel="temperature", ylabel="different true sentences", title="variety (of 100 sums, in 200 sentences)", ylim=(0, 100))
+right.set(
+    xlabel="temperature", ylabel="different true sentences", title="variety (of 100 sums, in 200 sentences)", ylim=(0, 100)
+)
 left.legend(), right.legend()
 plt.show()
 
 # %% tags=["varies"]
-for settings in ({"temperature": 0.0}, {"temperature": 0.5}, {"temperature": 1.0}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 0.5}):
+for settings in (
+    {"temperature": 0.0},
+    {"temperature": 0.5},
+    {"temperature": 1.0},
+    {"temperature": 2.0},
+    {"temperature": 2.0, "top_p": 0.5},
+):
     print(f"{settings!s:36s}", "   ".join(ascii(text)[1:-1] for text in sentences(model, 3, **settings)))
 
 # %% [markdown]
-# Cold: all true, and always the same few. Hot: varied, and wrong. The first digit *should* be drawn from all ten; the sum should not be
-# drawn at all. A temperature cannot tell these apart, top-p can: it keeps most digits where the model hesitates between ten, and one
-# where it is sure. Its price is in the right panel: of ten equally likely digits top-p 0.5 leaves out half.
+# At temperature 0 there is one sentence, for ever. From there on variety grows, at first at no cost; then truth goes, and
+# at 2 both do, for only true sentences are counted as variety. What one wants is that the *free* digits are drawn from all
+# ten and the *sum* is not drawn at all. A temperature cannot tell these apart. Top-p can: it keeps many tokens where the
+# model hesitates between many, and one where it is sure, so with top-p 0.5 nearly everything is true even at temperature
+# 1.5. Its price is in the right panel, too: of ten equally likely digits it leaves out half, twice, and $5 \cdot 5 = 25$.
 #
-# Random numbers are addressed (notebook 14): token $i$ of sentence $b$ is drawn by number $i$ of the stream (seed, $b$). So equal seeds
-# give equal text, and adding a prompt changes no other:
+# Random numbers are addressed (notebook 14): token $i$ of sentence $b$ is drawn by number $i$ of the stream (seed, $b$). So
+# equal seeds give equal text, and adding a prompt changes no other:
 
 # %%
 assert sentences(model, 5, seed=3) == sentences(model, 5, seed=3) == sentences(model, 50, seed=3)[:5]
@@ -359,13 +401,17 @@ print(f"$ oxidizr-ref {line}\n{command(line)}")
 # %% [markdown]
 # ## Pack
 #
-# A checkpoint is for going on: it has moments, the position in the data, the machine's fingerprint. A **package** is for others: weights,
-# config, tokenizer, and a card that says what it is. `oxidizr-ref pack` makes one ([publishing](../docs/publishing.md)):
+# A checkpoint is for going on: it has moments, the position in the data, the machine's fingerprint. A **package** is for
+# others: weights, config, tokenizer, and a card that says what it is. `oxidizr-ref pack` makes one
+# ([publishing](../docs/publishing.md)):
 
 # %%
 command("pack --checkpoint-dir run -c final -u me --license cc0-1.0 --language en")
 package = HERE / "hf" / "me" / "sums"
-packed = pack(choose(HERE / "run", "final"), Wishes(name="sums", username="me", output=HERE / "again", license="cc0-1.0", languages=("en",)))
+packed = pack(
+    choose(HERE / "run", "final"),
+    Wishes(name="sums", username="me", output=HERE / "again", license="cc0-1.0", languages=("en",)),
+)
 assert all(sha256(package / name) == sha256(HERE / "again" / name) for name in packed.sizes)
 print(*sorted(packed.sizes), sep="\n")
 print("\nlayout:", packed.family, "- which Hugging Face's transformers opens; the same bytes by command and in Python")
@@ -376,8 +422,8 @@ print(card.split("## Training")[0])
 print("sections of the card:", [line[3:] for line in card.splitlines() if line.startswith("## ")])
 
 # %% [markdown]
-# Every number on the card is from the files. What the files do not say (where the text is from, what the model must not be used for)
-# is for you to write.
+# Every number on the card is from the files. What the files do not say (where the text is from, what the model must not be
+# used for) is for you to write.
 #
 # Others open it like this. It must be the same model, to the bit, and say the same:
 
@@ -385,13 +431,21 @@ print("sections of the card:", [line[3:] for line in card.splitlines() if line.s
 theirs = open_model(package)
 assert all(np.array_equal(theirs.weights[name], array) for name, array in model.state_dict().items())
 assert sentences(theirs.model(), 20, seed=1) == sentences(model, 20, seed=1)
-print("opened:", theirs.config.name, "-", len(theirs.weights), "tensors, tokenizer", theirs.its_tokenizer().name, "- the same 20 sentences")
+print(
+    "opened:",
+    theirs.config.name,
+    "-",
+    len(theirs.weights),
+    "tensors, tokenizer",
+    theirs.its_tokenizer().name,
+    "- the same 20 sentences",
+)
 
 # %% [markdown]
 # ## Before anyone sees it
 #
-# `push` checks a package first: parts that are missing, damaged weights, numbers that are not finite, names and shapes that do not belong
-# to the config, files that should not be published, anything that looks like a token of the hub. In Python:
+# `push` checks a package first: parts that are missing, damaged weights, numbers that are not finite, names and shapes that
+# do not belong to the config, files that should not be published, anything that looks like a token of the hub. In Python:
 
 # %%
 print("problems:", check_package(package))
@@ -415,20 +469,21 @@ assert check_package(package) == []
 #
 # It uploads in one commit: nobody ever sees half a model. Begin with `--private`, look at the page, then open it.
 #
-# Before publishing, ask: may the text be used in this way, and does the card say where it is from? Is there anything private in it that
-# the model could repeat? Does the card say what the model cannot do? For this one: how far it can be trusted with sums that it has not
-# seen is measured in the second exercise.
+# Before publishing, ask: may the text be used in this way, and does the card say where it is from? Is there anything
+# private in it that the model could repeat? Does the card say what the model cannot do? For this one: how far it can be
+# trusted with sums that it has not seen is measured in the second exercise.
 #
 # ## Exercises
 #
-# **1. Min-p.** Draw only from tokens at least `min_p` times as probable as the likeliest (Nguyen et al. 2024). Add it to `by_hand` as
-# `with_min_p(z, temperature, min_p)`, check it against the package, and find out which of `top_p=0.9` and `min_p=0.1` keeps more truth
-# at temperature 1.5.
+# **1. Min-p.** Draw only from tokens at least `min_p` times as probable as the likeliest (Nguyen et al. 2024). Add it to
+# `by_hand` as `with_min_p(z, temperature, min_p)`, check it against the package, and find out which of `top_p=0.9` and
+# `min_p=0.1` keeps more truth at temperature 1.5.
 #
 # ```python
 # tokens_left, weights = candidates(z, np.array([], dtype=np.int64), Sampling(temperature=1.5, top_k=0, min_p=0.1))
 # assert np.allclose(with_min_p(z, 1.5, 0.1)[tokens_left], weights / weights.sum())
 # ```
+
 
 # %% tags=["solution", "hide-cell", "varies"] jupyter={"source_hidden": true}
 def with_min_p(z, temperature, min_p):
@@ -446,22 +501,28 @@ for settings in ({"top_p": 0.9}, {"min_p": 0.1}):
 for settings, (share, variety) in shares.items():
     print(f"temperature 1.5, {settings}: {share:.0%} true, {variety} different")
 kept = np.count_nonzero(by_hand(z, 1.5, top_p=0.9)), np.count_nonzero(with_min_p(z, 1.5, 0.1))
-print(f'after "7+8=1" top-p 0.9 keeps {kept[0]} tokens, min-p {kept[1]}: where one token has not quite 90%, the nucleus reaches into the tail')
+print(
+    f'after "7+8=1" top-p 0.9 keeps {kept[0]} tokens, min-p {kept[1]}: where one token has not quite 90%, the nucleus reaches into the tail'
+)
 
 # %% [markdown]
-# **2. Does it add?** Ask the model, at temperature 0, for the sums of all 100 sentences: the known 90 and the 10 that it has never seen.
-# What share of each does it get right, and what does it answer to those it gets wrong?
+# **2. Does it add?** Ask the model, at temperature 0, for the sums of all 100 sentences: the known 90 and the 10 that it
+# has never seen. What share of each does it get right, and what does it answer to those it gets wrong?
 #
 # ```python
 # assert right_of_known > 0.95
 # assert right_of_left_out > 0.3  # by chance it would be about 0.05
 # ```
 
+
 # %% tags=["solution", "hide-cell", "varies"] jupyter={"source_hidden": true}
 def answers(model, some):
     prompts = [np.array([end, *s[: s.index("=") + 1].encode()]) for s in some]
     drawn = generate(model, prompts, Sampling(max_tokens=8, temperature=0), ends={end})
-    return [s[: s.index("=") + 1] + tokenizer.decode(np.array(d.tokens, dtype=np.uint32)) for s, d in zip(some, drawn, strict=True)]
+    return [
+        s[: s.index("=") + 1] + tokenizer.decode(np.array(d.tokens, dtype=np.uint32))
+        for s, d in zip(some, drawn, strict=True)
+    ]
 
 
 right_of_known = np.mean([a == s for a, s in zip(answers(model, known), known, strict=True)])
@@ -471,15 +532,18 @@ assert right_of_known > 0.95 and right_of_left_out > 0.3
 print(f"known {right_of_known:.0%}, never seen {right_of_left_out:.0%}")
 print("wrong ones:", "  ".join(a for a, s in zip(said, left_out, strict=True) if a != s))
 print("far more than chance, so it does not only remember; less than all, so it has no rule either. For nine of the ten the")
-print("mirror image b+a is in the text; 2+2 is its own. To know what was learned one would leave out both of a pair, and more of them")
+print(
+    "mirror image b+a is in the text; 2+2 is its own. To know what was learned one would leave out both of a pair, and more of them"
+)
 
 # %% [markdown]
-# **3. Penalties.** `repetition_penalty=1.3` makes tokens that occurred less likely (Keskar et al. 2019). What does it do to the truth at
-# temperature 0.5, and which sums suffer most? Predict before you measure.
+# **3. Penalties.** `repetition_penalty=1.3` makes tokens that occurred less likely (Keskar et al. 2019). What does it do to
+# the truth at temperature 0.5, and which sums suffer most? Predict before you measure.
 #
 # ```python
 # assert share(repetition_penalty=1.3) < share()
 # ```
+
 
 # %% tags=["solution", "hide-cell", "varies"] jupyter={"source_hidden": true}
 def share(**settings):
@@ -492,8 +556,8 @@ print("true sums repeat digits (7+7=14, 0+7=7, 1+9=10), and the penalty does not
 print(*sentences(model, 4, temperature=0.5, repetition_penalty=1.3), sep=" | ")
 
 # %% [markdown]
-# **4. Half the size.** Pack the model in bfloat16 (`Wishes(dtype="bf16", …)`), open it, and compare: the size of `model.safetensors`, the
-# loss on `sums.validation.bin`, the share of known sums that are right at temperature 0.
+# **4. Half the size.** Pack the model in bfloat16 (`Wishes(dtype="bf16", …)`), open it, and compare: the size of
+# `model.safetensors`, the loss on `sums.validation.bin`, the share of known sums that are right at temperature 0.
 #
 # ```python
 # assert size_bf16 < 0.52 * size_f32
@@ -510,18 +574,21 @@ loss_f32, loss_bf16 = (
 assert size_bf16 < 0.52 * size_f32
 assert abs(loss_bf16 - loss_f32) < 0.01
 right = np.mean([a == s for a, s in zip(answers(small, known), known, strict=True)])
-print(f"{size_f32:,} and {size_bf16:,} bytes; loss {loss_f32:.4f} and {loss_bf16:.4f}; known sums {right_of_known:.0%} and {right:.0%}")
+print(
+    f"{size_f32:,} and {size_bf16:,} bytes; loss {loss_f32:.4f} and {loss_bf16:.4f}; known sums {right_of_known:.0%} and {right:.0%}"
+)
 
 # %% [markdown]
 # ## Where to read on
 #
-# - A. Holtzman et al., "The curious case of neural text degeneration", ICLR 2020, section 3 (top-p); A. Fan, M. Lewis, Y. Dauphin,
-#   "Hierarchical neural story generation", ACL 2018, section 5.4 (top-k); N. Nguyen et al., "Turning up the heat: min-p sampling", 2024;
-#   N. S. Keskar et al., "CTRL", 2019, section 4.1 (repetition penalty).
+# - A. Holtzman et al., "The curious case of neural text degeneration", ICLR 2020, section 3 (top-p); A. Fan, M. Lewis, Y.
+#   Dauphin, "Hierarchical neural story generation", ACL 2018, section 5.4 (top-k); N. Nguyen et al., "Turning up the heat:
+#   min-p sampling", 2024; N. S. Keskar et al., "CTRL", 2019, section 4.1 (repetition penalty).
 # - M. Mitchell et al., "Model cards for model reporting", FAT* 2019.
-# - [Data](../docs/data.md), [publishing](../docs/publishing.md), [converting](../docs/convert.md), [configuration](../docs/configuration.md).
-# - This was the last notebook. From here: train `oxidizr-ref train -f nano-start`, read the package from `autograd.py` upwards, and hold
-#   your own implementation against a golden trace (notebook 16).
+# - [Data](../docs/data.md), [publishing](../docs/publishing.md), [converting](../docs/convert.md),
+#   [configuration](../docs/configuration.md).
+# - This was the last notebook. From here: train `oxidizr-ref train -f nano-start`, read the package from `autograd.py`
+#   upwards, and hold your own implementation against a golden trace (notebook 16).
 
 # %%
 temporary.cleanup()

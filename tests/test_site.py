@@ -1,6 +1,6 @@
 """The documentation site: its links lead somewhere, it needs nothing from elsewhere, and its commands do what they say.
 
-``python docs/scripts/site.py`` builds it; ``pytest -m docs`` looks at what was built, and runs every block of Bash and
+``python docs/scripts/build_site.py`` builds it; ``pytest -m docs`` looks at what was built, and runs every block of Bash and
 Python as it is printed. Comments in the pages say what cannot be seen there: ``<!-- not run: why -->`` before a block that
 cannot run here, ``<!-- file: NAME -->`` before one that shows a file, and ``<!-- first: … -->``, lines of Bash that come
 before what follows. How it looks in a browser is in tests/browser.
@@ -118,7 +118,7 @@ class _Page(HTMLParser):
 @pytest.fixture(scope="module")
 def pages() -> dict[Path, _Page]:
     if not (HTML / "index.html").exists():
-        pytest.skip("the site is not built: python docs/scripts/site.py")
+        pytest.skip("the site is not built: python docs/scripts/build_site.py")
     return {path.resolve(): _Page(path) for path in sorted(HTML.rglob("*.html"))}
 
 

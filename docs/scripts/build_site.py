@@ -1,6 +1,6 @@
-"""Builds the site into docs/_build/html, with warnings as errors: ``python docs/scripts/site.py``.
+"""Builds the site into docs/_build/html, with warnings as errors: ``python docs/scripts/build_site.py``.
 
-Needs ``pip install -e ".[docs]"``. To read it: ``python docs/scripts/site.py --serve``, which also makes the search work in
+Needs ``pip install -e ".[docs]"``. To read it: ``python docs/scripts/build_site.py --serve``, which also makes the search work in
 browsers that do not let a page from the disk read other files.
 """
 
