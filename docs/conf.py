@@ -6,10 +6,13 @@ files work here as on a code host. Nothing is fetched from elsewhere, when it is
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+from sphinx.application import Sphinx
 
 from oxidizr_ref.version import __version__
 
@@ -51,7 +54,7 @@ nitpick_ignore_regex = [(r"py:.*", r"(?!oxidizr_ref\.).*"), (r"py:class", rf"oxi
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "Gradients", "HostArray", "NDArray", "Path", "Record")}
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "Gradients", "HostArray", "NDArray", "Record")}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 default_role = "code"
@@ -60,8 +63,19 @@ html_theme = "furo"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 html_additional_pages = {"index": "to_the_beginning.html"}
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
+
+
+def _plain_aliases(_app: object, _what: str, _name: str, _obj: object, _options: object, *signature: str | None) -> object:
+    """``Array | None`` as it is written; Sphinx would write down how it keeps the name apart from what it stands for."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in signature)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _plain_aliases)

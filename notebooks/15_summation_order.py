@@ -57,7 +57,8 @@ def digest(*arrays):
 # A float has a fixed number of significant bits: 24 in float32, 53 in float64. The exact sum of two floats is rounded to
 # the nearest float, which makes a relative error of at most $u$, the unit roundoff:
 #
-# $$ \mathrm{fl}(a + b) = (a + b)(1 + \delta), \qquad |\delta| \le u, \qquad u = 2^{-24} \text{ (float32)},\ 2^{-53} \text{ (float64)} $$
+# $$ \mathrm{fl}(a + b) = (a + b)(1 + \delta), \qquad |\delta| \le u,
+# \qquad u = 2^{-24} \text{ (float32)},\ 2^{-53} \text{ (float64)} $$
 #
 # $a+b$ and $b+a$ are rounded alike, so addition commutes. But the *intermediate* results of $(a+b)+c$ and $a+(b+c)$ are
 # other numbers, and are rounded otherwise.
@@ -280,7 +281,8 @@ assert len(products) == 1
 # Some things must be added across tiles: squares for the norm of all gradients, losses and gradients of micro-batches. The
 # order must depend on the number of parts $n$ alone. `tree_sum` uses this tree over the parts $i \dots j-1$:
 #
-# $$ T[i,j) = \begin{cases} x_i & j - i = 1 \\ T[i, i+p) + T[i+p, j) & p = \text{the largest power of two below } j - i \end{cases} $$
+# $$ T[i,j) = \begin{cases} x_i & j - i = 1 \\
+# T[i, i+p) + T[i+p, j) & p = \text{the largest power of two below } j - i \end{cases} $$
 #
 # If the "numbers" are strings and addition writes brackets, the order can be read:
 
@@ -389,7 +391,8 @@ assert len(set(steps.values())) == 1
 accumulated = {k: one_step(2, k) for k in (1, 2, 4, 8)}
 for k, (gradients, norm, _) in accumulated.items():
     print(
-        f"{k} micro-batches of {16 // k:2d} windows: norm {norm:.5f}, {'the same' if gradients == accumulated[1][0] else 'other'} bits"
+        f"{k} micro-batches of {16 // k:2d} windows: norm {norm:.5f}, "
+        f"{'the same' if gradients == accumulated[1][0] else 'other'} bits"
     )
     assert abs(norm / accumulated[1][1] - 1) < 1e-6
 assert len({gradients for gradients, _, _ in accumulated.values()}) > 1
@@ -557,7 +560,7 @@ assert abs(float(np.cumsum(x)[-1]) - math.fsum(x.tolist())) > np.spacing(kahan(x
 a_few_numbers = np.array([1, 1e10, 1, -1e10], dtype=np.float32)
 assert kahan(a_few_numbers) != kahan(a_few_numbers[::-1])
 print(
-    f"more exact, but not free of order: {kahan(a_few_numbers)} and {kahan(a_few_numbers[::-1])} for the same four numbers (2)"
+    f"more exact, but not free of order: {kahan(a_few_numbers)} and {kahan(a_few_numbers[::-1])}, where the sum is 2"
 )
 
 # %% [markdown]
@@ -586,7 +589,7 @@ x = rng.normal(0, "summation", "numbers", (1024,))
 assert len({fixed(x[rng.permutation(0, "orders", k, 1024)]) for k in range(1000)}) == 1
 assert abs(fixed(x) - math.fsum(x.tolist())) <= abs(float(in_pairs(x)) - math.fsum(x.tolist()))
 print(
-    "one result in 1,000 orders. But all numbers are read twice (the maximum first), small ones beside a large one lose bits,"
+    "one result in 1,000 orders. But all numbers are read twice (for the maximum), small ones beside large ones lose bits,"
 )
 print("and sums inside matrix products belong to BLAS")
 

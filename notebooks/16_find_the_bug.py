@@ -64,7 +64,7 @@ roles = [record.role for record in reference.records.values()]
 print({role: roles.count(role) for role in dict.fromkeys(roles)})
 for record in [r for r in reference.records.values() if r.layer == 0 and r.role == "output"][:12]:
     print(
-        f"{record.name:38s} {record.shape!s:16s} {record.op:17s} of {', '.join(n.replace('layers.0.', '') for n in record.inputs)}"
+        f"{record.name:38s} {record.shape!s:16s} {record.op:17s} of {', '.join(record.inputs).replace('layers.0.', '')}"
     )
 
 # %% [markdown]

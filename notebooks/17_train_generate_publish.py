@@ -63,7 +63,7 @@ HERE = Path(temporary.name)
 
 
 def command(line):
-    """Run a command of the package in the temporary directory. Returns its output, or if there is none, what it told meanwhile."""
+    """Run a command of the package in the temporary directory. Returns its output, or else what it told meanwhile."""
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith("HF_") and k not in ("FORCE_COLOR", "CLICOLOR_FORCE")
     }
@@ -232,7 +232,8 @@ for step in (100, 200, 300, 400):
     well_formed = sum(re.fullmatch(r"[0-9]\+[0-9]=[0-9]{1,2}\.", text) is not None for text in texts)
     true = sum(text in FACTS for text in texts)
     print(
-        f"step {step}: held-out loss {dict(evaluated)[step]:.3f}, {well_formed / 200:.0%} look like a sum, {true / 200:.0%} are true"
+        f"step {step}: held-out loss {dict(evaluated)[step]:.3f}, "
+        f"{well_formed / 200:.0%} look like a sum, {true / 200:.0%} are true"
     )
 print(f"the best possible loss is {floor:.3f}")
 
@@ -247,7 +248,7 @@ print(f"the best possible loss is {floor:.3f}")
 
 # %%
 def losses(model, sentence):
-    """-ln p of each character of a sentence and of the end behind it, nats. The first is predicted from the end-of-text token."""
+    """-ln p of each character of a sentence, and of the end behind it, nats. Before the first is an end-of-text token."""
     ids = np.array([end, *sentence.encode(), end])
     logits = model(ids[None, :-1]).data[0].astype(np.float64)  # [T,V]
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -345,7 +346,8 @@ for temperature in (0.5, 1.0, 1.5, 2.0):
     p = by_hand(z, temperature)
     nucleus = np.count_nonzero(by_hand(z, temperature, top_p=0.9))
     print(
-        f"temperature {temperature}: p(5) = {p[ord('5')]:.4f}; all tokens that are no digits together {1 - p[48:58].sum():.4f}; 90% have {nucleus}"
+        f"temperature {temperature}: p(5) = {p[ord('5')]:.4f}, all that are no digits {1 - p[48:58].sum():.4f}; "
+        f"90% are with {nucleus} of the 260 tokens"
     )
 
 # %% [markdown]
@@ -502,7 +504,8 @@ for settings, (share, variety) in shares.items():
     print(f"temperature 1.5, {settings}: {share:.0%} true, {variety} different")
 kept = np.count_nonzero(by_hand(z, 1.5, top_p=0.9)), np.count_nonzero(with_min_p(z, 1.5, 0.1))
 print(
-    f'after "7+8=1" top-p 0.9 keeps {kept[0]} tokens, min-p {kept[1]}: where one token has not quite 90%, the nucleus reaches into the tail'
+    f'after "7+8=1" top-p 0.9 keeps {kept[0]} tokens, min-p {kept[1]}: '
+    "where a few likely tokens have not quite 90%, the nucleus reaches into the tail"
 )
 
 # %% [markdown]
@@ -533,7 +536,7 @@ print(f"known {right_of_known:.0%}, never seen {right_of_left_out:.0%}")
 print("wrong ones:", "  ".join(a for a, s in zip(said, left_out, strict=True) if a != s))
 print("far more than chance, so it does not only remember; less than all, so it has no rule either. For nine of the ten the")
 print(
-    "mirror image b+a is in the text; 2+2 is its own. To know what was learned one would leave out both of a pair, and more of them"
+    "mirror image b+a is in the text; 2+2 is its own. To know more, leave out both of a pair, and more pairs"
 )
 
 # %% [markdown]
@@ -575,7 +578,8 @@ assert size_bf16 < 0.52 * size_f32
 assert abs(loss_bf16 - loss_f32) < 0.01
 right = np.mean([a == s for a, s in zip(answers(small, known), known, strict=True)])
 print(
-    f"{size_f32:,} and {size_bf16:,} bytes; loss {loss_f32:.4f} and {loss_bf16:.4f}; known sums {right_of_known:.0%} and {right:.0%}"
+    f"{size_f32:,} and {size_bf16:,} bytes; loss {loss_f32:.4f} and {loss_bf16:.4f}; "
+    f"known sums {right_of_known:.0%} and {right:.0%}"
 )
 
 # %% [markdown]

@@ -9,14 +9,20 @@ from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
 
+def _mathml(latex: str, display: str = "inline") -> str:
+    converted: str = convert(latex.replace("{aligned}", "{align*}"), display=display)  # the only name that it does not know
+    assert "&amp;" not in converted and "\\" not in converted and "<mi>&</mi>" not in converted, f"not understood: {latex}"
+    return converted
+
+
 def _inline(translator: HTML5Translator, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(_mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _display(translator: HTML5Translator, node: nodes.math_block) -> None:
     number = get_node_equation_number(translator, node) if node["number"] else ""
-    translator.body.append(f'<div class="equation" tabindex="0">{convert(node.astext(), display="block")}{number}</div>\n')
+    translator.body.append(f'<div class="equation" tabindex="0">{_mathml(node.astext(), "block")}{number}</div>\n')
     raise nodes.SkipNode
 
 

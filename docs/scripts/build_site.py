@@ -1,7 +1,7 @@
 """Builds the site into docs/_build/html, with warnings as errors: ``python docs/scripts/build_site.py``.
 
-Needs ``pip install -e ".[docs]"``. To read it: ``python docs/scripts/build_site.py --serve``, which also makes the search work in
-browsers that do not let a page from the disk read other files.
+Needs ``pip install -e ".[docs]"``. With ``--serve`` it is shown at an address of this machine: in some browsers a page from
+the disk may not read what its search needs.
 """
 
 from __future__ import annotations

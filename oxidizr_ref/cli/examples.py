@@ -21,7 +21,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("a page beside the checkpoints: report.html", "oxidizr-ref report checkpoints/nano-start"),
         (
             "two runs in the same charts",
-            "oxidizr-ref report checkpoints/nano-start --with checkpoints/llama-start -o both.html",
+            "oxidizr-ref report checkpoints/nano-start --with checkpoints/llama-start",
         ),
     ),
     "prepare": (
@@ -29,35 +29,35 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("with a tenth held out", "oxidizr-ref prepare book.txt -o split.bin --validation 0.1"),
         ("with a BPE vocabulary of 300, trained on it", "oxidizr-ref prepare book.txt -o bpe.bin --train-bpe 300"),
     ),
+    "convert": (
+        ("to Hugging Face's layout", "oxidizr-ref convert checkpoints/llama-start -o llama"),
+        ("and back, to train on", "oxidizr-ref convert llama -o back.safetensors"),
+    ),
     "generate": (
         ("ask a question", 'oxidizr-ref generate checkpoints/nano-start --user "What is a tree?"'),
-        ("always the likeliest token, as JSON", 'oxidizr-ref generate checkpoints/nano-start -p "A" --temperature 0 --json'),
+        ("always the likeliest token, as JSON", "oxidizr-ref generate checkpoints/nano-start -p A --temperature 0 --json"),
         ("a conversation, on a terminal", "oxidizr-ref generate checkpoints/nano-start"),
     ),
     "eval": (
         ("how well it predicts another text", "oxidizr-ref eval checkpoints/nano-start -d book.txt"),
         (
             "is the other model better, for certain?",
-            "oxidizr-ref eval checkpoints/nano-start -d book.txt --compare checkpoints/llama-start",
+            "oxidizr-ref eval checkpoints/nano-start -d book.txt --compare back.safetensors",
         ),
     ),
     "pack": (
         (
             "the newest step, as me/nano-start",
-            "oxidizr-ref pack --checkpoint-dir checkpoints/nano-start -c latest -u me --license mit",
+            "oxidizr-ref pack --checkpoint-dir checkpoints/nano-start -c latest -u me",
         ),
         (
-            "into a directory of one's choice, in half the size",
-            "oxidizr-ref pack --checkpoint-dir checkpoints/nano-start -c final -o small --dtype bf16",
+            "the last step of the run, into a directory of one's choice",
+            "oxidizr-ref pack --checkpoint-dir checkpoints/nano-start -c final -o packed",
         ),
     ),
     "push": (
         ("with HF_TOKEN in the environment", "oxidizr-ref push -m hf/me/nano-start --create-repo --private"),
         ("where there is nobody to ask", "oxidizr-ref push -m hf/me/nano-start --repo me/nano-start --yes"),
-    ),
-    "convert": (
-        ("to Hugging Face's layout", "oxidizr-ref convert checkpoints/llama-start -o llama"),
-        ("and back, to train on", "oxidizr-ref convert llama -o llama.safetensors"),
     ),
     "inspect": (
         ("what a config makes, and the memory it takes", "oxidizr-ref inspect -f nano --seq-len 1024 --dtype bf16"),
@@ -71,7 +71,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("where do two checkpoints differ?", "oxidizr-ref diff checkpoints/nano-start checkpoints/llama-start"),
         (
             "did converting there and back keep every weight?",
-            "oxidizr-ref diff llama.safetensors checkpoints/llama-start --weights-only",
+            "oxidizr-ref diff back.safetensors checkpoints/llama-start --weights-only",
         ),
     ),
     "bench": (
@@ -85,7 +85,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "trace record": (
         (
             "a reference in double precision",
-            "oxidizr-ref trace record -f tiny-llama --dtype f64 --weights lively -o golden.trace",
+            "oxidizr-ref trace record -f tiny-llama --dtype f64 -o golden.trace",
         ),
         (
             "the same step as another program would do it",
