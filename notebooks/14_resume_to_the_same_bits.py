@@ -29,6 +29,7 @@
 # **Needs** notebooks 11 (AdamW, schedules) and 13 (a checkpoint, byte by byte). **Time** 40 minutes.
 
 # %%
+import functools
 import hashlib
 import json
 import math
@@ -282,7 +283,7 @@ assert all(exact)
 #
 # ## Six mistakes
 #
-# Each is the run above with one method changed. All of them were made in trainers that people use; none of them crashes.
+# Each is the run above with one method changed. All are easily made, and none of them crashes.
 
 
 # %%
@@ -401,7 +402,7 @@ plt.show()
 # %% [markdown]
 # All of them go on falling. Five stay within what the loss jumps from batch to batch anyway. The one that stands out is the
 # restarted schedule, and it looks *better*: it trains at a high rate where the cosine had come down. Training forgives
-# nearly everything, which is why such mistakes live for years. (Grey is the straight run with addressed masks and shuffles;
+# nearly everything, and so such mistakes can live for years. (Grey is the straight run with addressed masks and shuffles;
 # `RandomInOrder` and `ShuffledAnew` are other, equally good runs even without interruption, so they are compared with their
 # own straight run.)
 #
@@ -412,10 +413,14 @@ plt.show()
 
 
 # %%
+@functools.cache  # the same for every step at which the other run is interrupted
+def straight_journal(kind):
+    return straight(kind).journal
+
+
 def first_difference(kind, at):
     """The first step whose journal lines differ, and in which entries (the loss left out); None if the runs agree."""
-    a, b = straight(kind), interrupted(kind, at)
-    for line, other in zip(a.journal[at:], b.journal):
+    for line, other in zip(straight_journal(kind)[at:], interrupted(kind, at).journal, strict=True):
         differing = [key for key in line if key != "loss" and line[key] != other[key]]
         if differing:
             return line["step"], differing
@@ -439,10 +444,10 @@ for kind in MISTAKES:
     print(f"{kind.__name__:18s} not seen when interrupted after step", [at for at, f in enumerate(seen[kind]) if f is None])
 
 # %% [markdown]
-# Look at `ShuffledAnew`: in the first epoch (steps 1 … 10 here) the fresh generator happens to draw the same order again,
-# so that every resume there is exact, also beyond the end of the epoch. Who tests with "train 4, stop, resume, compare"
-# ships it. At step 0 none is seen: nothing has happened yet that could be lost. (`RoundedOnTheWay` is not either, because
-# the first weights here are float32 numbers. After one step they are not.)
+# Look at `ShuffledAnew`: while the first epoch is not over (it takes 10 steps here) the fresh generator happens to draw the
+# same order again, so that every resume there is exact, also beyond the end of the epoch. Who tests with "train 4, stop,
+# resume, compare" ships it. At step 0 none is seen: nothing has happened yet that could be lost. (`RoundedOnTheWay` is not
+# either, because the first weights here are float32 numbers. After one step they are not.)
 #
 # ### Second method: the round trip
 #
@@ -466,7 +471,7 @@ for kind in [Run, *MISTAKES]:
 assert [kind for kind in MISTAKES if not round_trip(kind, AT).equal] == [MomentsLost]
 
 # %% [markdown]
-# Cheap, precise, and blind for five of six. It cannot miss what is *not in the file*: a generator's state, a count that is
+# Cheap, precise, and blind for five of six. It cannot see what is *not in the file*: a generator's state, a count that is
 # derived wrongly. Nor does it see rounding: what was rounded once is rounded to itself the second time. **Compare what the
 # processes compute, not what the files say.**
 #
@@ -551,8 +556,8 @@ assert len(set(orders)) > 1
 print("8 processes, one program, more than one order")
 
 # %% [markdown]
-# The cure is a sorted list, or a dict, which keeps the order of insertion. (Nothing in `oxidizr_ref` iterates over a set to
-# compute.)
+# The cure is a sorted list, or a dict, which keeps the order of insertion. (In `oxidizr_ref` that is a rule: the order of a
+# set may reach no number and no file.)
 #
 # **Decimal text.** Progress, loss scales and learning rates travel through JSON. Python writes a float64 with as many
 # digits as it takes to read the same bits again, so `json` is exact. Formatting is not:

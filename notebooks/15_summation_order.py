@@ -55,7 +55,7 @@ def digest(*arrays):
 # ## Addition is not associative
 #
 # A float has a fixed number of significant bits: 24 in float32, 53 in float64. The exact sum of two floats is rounded to
-# the nearest float, which makes a relative error of at most $u$, the unit roundoff:
+# the nearest float, which makes a relative error of at most $u$, the unit roundoff (unless it overflows):
 #
 # $$ \mathrm{fl}(a + b) = (a + b)(1 + \delta), \qquad |\delta| \le u,
 # \qquad u = 2^{-24} \text{ (float32)},\ 2^{-53} \text{ (float64)} $$

@@ -324,7 +324,7 @@ print("\n".join(line.replace(f"{HERE}/", "") for line in report(found).splitline
 # The other reports speak as clearly:
 #
 # - `WrongPairs`: `q` and `k` differ, and at the first token they agree. Position 0 is not turned, whatever the pairs are.
-# - `SeesAhead`: `masked_scores` differ in as many elements as there are cells on the diagonal above the main one.
+# - `SeesAhead`: the elements of `masked_scores` that differ are those with $s = t + 1$, one above the diagonal.
 
 
 # %%

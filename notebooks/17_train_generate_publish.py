@@ -183,7 +183,8 @@ print("files of the run:", sorted(path.name for path in (HERE / "run").iterdir()
 # ## How good could it be?
 #
 # A loss alone says little. What would the best possible predictor get? It knows the 90 sums and nothing else, for there is
-# nothing else to know: which sum comes next is chance. So a document costs $\ln 90$ nats, whatever its length, and a token
+# nothing else to know: which sum comes next is chance, and documents are kept apart. So a document costs $\ln 90$ nats,
+# whatever its length, and a token
 #
 # $$ L^* = \frac{\ln 90}{\text{tokens a document}} $$
 #
@@ -238,9 +239,9 @@ for step in (100, 200, 300, 400):
 print(f"the best possible loss is {floor:.3f}")
 
 # %% [markdown]
-# After a quarter of the training nearly everything looks like a sum and little is true. Most of the loss is gone by then.
-# The arithmetic is in what is left: **a little loss can be a lot of skill**, and the last tenths of a long training are not
-# for nothing.
+# After a quarter of the training nearly everything looks like a sum, and most of it is false. Most of the loss is gone by
+# then. The arithmetic is in what is left: **a little loss can be a lot of skill**, and the last tenths of a long training
+# are not for nothing.
 #
 # Where in the sentence the uncertainty sits shows directly. For the known sentences whose sum has two digits, the loss at
 # each character, by hand from the logits:

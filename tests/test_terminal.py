@@ -269,6 +269,18 @@ def test_other_terminals_get_bold_words_a_frame_and_a_bar(screens: dict[str, dic
         assert max(cell_len(line) for line in lines if not is_text(line)) <= columns
 
 
+def test_wide_characters_wrap_within_the_terminal_and_none_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "模型" * 40 + "\N{SNOWMAN}" * 7
+    run = tiny.make_run(tmp_path / ("目录" * 20), {"name": name})
+    assert tiny.cli("inspect", "-f", run.config) == 0
+    out = capsys.readouterr().out
+    assert max(cell_len(line) for line in out.splitlines()) <= 60
+    assert [out.count(character) for character in "模型\N{SNOWMAN}目"] == [40, 40, 7, 20]
+
+
 def test_what_is_no_terminal_gets_no_escape_code(examples: dict[str, Done]) -> None:
     of_a_model = "oxidizr-ref generate"  # whose bytes go to a file or a pipe as they are
     assert not [line for line, done in examples.items() if "\x1b" in done.out + done.err and of_a_model not in line]
@@ -299,8 +311,8 @@ def test_a_run_says_before_it_starts_what_it_will_do(tmp_path: Path, capsys: pyt
     assert lines["learning rate"] == f"0.01 after 2 steps of warm-up, linear, {last} at the end"
     assert "one every 4 steps; the newest 3, multiples of 8 stay, at most" in lines["checkpoints"]
     assert lines["note"].startswith("trainer.load_balance_alpha is 0")
-    assert run.train("--threads", 2, "--seed", 3, "--resume", "auto", "--max-steps", 12, "-d", run.text) == 0
-    assert told(capsys.readouterr().err)["steps"].startswith("11 to 12 of 28 tokens")
+    assert run.train("--threads", 2, "--seed", 3, "--resume", "auto", "--max-steps", 12, "--time-limit", 600) == 0
+    assert told(capsys.readouterr().err)["steps"].startswith("11 to 12 of 28 tokens, within 10 min; ")
 
 
 @pytest.mark.parametrize("name", bundled_config_names())

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from oxidizr_ref import parallel
 from oxidizr_ref.cli.config_view import layer_words, memory_words
-from oxidizr_ref.cli.words import of, printable, short, size_of
+from oxidizr_ref.cli.words import duration, of, printable, short, size_of
 from oxidizr_ref.memory import estimate_memory, model_parts
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def rows(trainer: Trainer, free: int) -> Iterator[tuple[str, str]]:
     yield "data", _data(trainer)
     begin = f"{trainer.step + 1:,} to " if trainer.step else ""
     epochs = trainer.windows.epoch(trainer.total_steps * trainer.windows_a_step)
-    yield "steps", f"{begin}{trainer.total_steps:,} of {of(trainer.tokens_a_step, 'token')}; {short(epochs)} epochs in all"
+    limit = trainer.options.time_limit
+    within = f", within {duration(limit)}" if limit is not None else ""
+    steps = f"{begin}{trainer.total_steps:,} of {of(trainer.tokens_a_step, 'token')}{within}"
+    yield "steps", f"{steps}; {short(epochs)} epochs in all"
     yield "learning rate", _learning_rate(trainer)
     yield "checkpoints", _checkpoints(trainer, free)
 
@@ -70,8 +73,10 @@ def _data(trainer: Trainer) -> str:
     more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
     name = "random tokens" if config.data.is_random else f"{paths[0]}{more}" if paths else "the bundled text"
     held_out = f"; {of(windows.eval_windows, 'window')} held out" if windows.eval_windows else ""
+    learned = "; only responses are learned" if config.data.loss_on == "responses" else ""
+    apart = "; documents kept apart" if config.data.document_boundaries == "reset" else ""
     cut = f"{of(windows.train_windows, 'window')} of {of(windows.seq_len, 'token')}"
-    return f"{name} ({printable(trainer.tokenizer.name)}): {cut}{held_out}"
+    return f"{name} ({printable(trainer.tokenizer.name)}): {cut}{held_out}{learned}{apart}"
 
 
 def _learning_rate(trainer: Trainer) -> str:
