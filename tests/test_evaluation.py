@@ -231,3 +231,18 @@ def test_what_cannot_be_evaluated_is_told_in_a_line(
     code = _run([part.format(run=trained / "run", bin=path) for part in argv])
     err = capsys.readouterr().err
     assert code in (1, 2) and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_documents_are_kept_apart_where_training_kept_them_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n % 7} and {n % 5}.<|endoftext|>" for n in range(200)), "utf-8")
+    flags = ["--target-device", "cpu", "--max-steps", "2", "--checkpoint-dir", str(tmp_path / "run"), "-d", str(text)]
+    assert _run(["train", "-f", "tiny-llama", "--set", "data.document_boundaries=reset", *flags]) == 0
+    losses = []
+    for more in ([], ["--documents-apart"], ["--documents-together"]):
+        capsys.readouterr()
+        assert _run(["eval", str(tmp_path / "run"), "-d", str(text), "--json", *more]) == 0
+        out, err = capsys.readouterr()
+        assert ("kept apart, as they were in training" in err) == (not more)
+        losses.append(json.loads(out)["models"][0]["loss"])
+    assert losses[0] == losses[1] != losses[2]

@@ -99,7 +99,7 @@ def test_of_a_run_s_directory_the_newest_file_is_opened(run: tiny.Run) -> None:
     assert (opened.what, first.what) == (f"{run.path(2)} (step 2)", f"{run.path(1)} (step 1)")
     assert same(opened.weights, weights_in(run.path(2))) and same(first.weights, weights_in(run.path(1)))
     assert isinstance(opened.tokenizer, ByteTokenizer) and (opened.begin, opened.ends) == (END, {END})
-    assert opened.config.name == "tiny" and opened.data["tokens"] == 3000 and opened.notices == ()
+    assert opened.config.name == "tiny" and not opened.apart and opened.notices == ()
     assert [line.keys() for line in opened.lineage] == [{"init_from"}]
 
 

@@ -161,6 +161,17 @@ def test_every_page_and_notebook_is_on_it(pages):
             assert HTML / source.relative_to(REPOSITORY).with_suffix(".html") in pages, source
 
 
+def test_the_first_page_and_the_list_of_decisions_leave_no_page_out():
+    lists = {"index.md": ("*.md", "guides/*.md", "layers/*.md"), "decisions/index.md": ("*.md",)}
+    for name, patterns in lists.items():
+        page = REPOSITORY / "docs" / name
+        linked = {
+            (page.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+\.md)", page.read_text(encoding="utf-8"))
+        }
+        there = {path for pattern in patterns for path in page.parent.glob(pattern)}
+        assert there - linked == {page, page.parent / "README.md"} & there
+
+
 # ------------------------------------------------------------------------------------------------------ error messages
 
 
@@ -196,8 +207,3 @@ def test_every_error_that_is_raised_has_its_message_there_but_those_made_of_othe
             raised = [call for call in script.calls(scope) if ast.unparse(call.func).rpartition(".")[2] in script.TYPES]
             silent += [file for call in raised if not list(script.messages_of(call, [scope, tree], file))]
     assert silent == _MADE_OF_OTHERS
-
-
-def test_an_error_page_names_every_type_that_has_a_message():
-    script = _errors_script()
-    assert {message.kind for message in script.messages()} == set(script.TYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +47,14 @@ def evaluate(
         bool, typer.Option("--only-responses", metavar="", help="As data.loss_on: responses.", rich_help_panel=_DATA)
     ] = False,
     apart: Annotated[
-        bool, typer.Option("--documents-apart", metavar="", help="As document_boundaries: reset.", rich_help_panel=_DATA)
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--documents-apart/--documents-together",
+            metavar="",
+            help="Whether documents see each other (as in training).",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     curve: Annotated[
         bool, typer.Option("--curve", metavar="", help="The loss by position in the window.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -75,11 +82,13 @@ def evaluate(
     opened = [open_model(path) for path in (model, compare) if path is not None]
     tokenizer = _shared_tokenizer(opened)
     stream, _ = open_stream(data, tokenizer, vocab_size=opened[0].config.vocab_size, seed=0)
+    if apart is None and (apart := opened[0].apart):
+        print("documents are kept apart, as they were in training; --documents-together does not", file=sys.stderr)
     length = seq_len or min(one.config.max_seq_len for one in opened)
     size = batch_size or max(1, _TOKENS // length)
     measured = []
     for letter, one in zip("AB", opened, strict=False):
-        batches = whole_windows(stream, length, size, only_responses=only_responses, apart=apart)
+        batches = whole_windows(stream, length, size, only_responses=only_responses, apart=bool(apart))
         found, count = scores(one.model(device), batches, length), -(-len(stream) // (length * size))
         bar = track(found, letter, count, console=console(stderr=True), transient=True, disable=not can_draw())
         measured.append(joined(bar))

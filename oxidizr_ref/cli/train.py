@@ -22,7 +22,7 @@ from oxidizr_ref.cli.completion import configs, dtypes, resume_words
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
-from oxidizr_ref.data import open_data
+from oxidizr_ref.data import TrainingData, open_data
 from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.generation import generate
 from oxidizr_ref.interop.opened import Opened, open_model
@@ -190,8 +190,6 @@ def train(
         _must_be_the_same_model(run_config, other)
     tokenizer = _given_tokenizer(run_config, config is None, resume, other)
     reporter = make_reporter(headless)
-    if other is not None and not run_config.data.is_random:
-        _tell_of_another_tokenizer(run_config, other, reporter)
     demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
     device = _device(run_config, demanded_by, gpus, reporter)
     if threads is not None:
@@ -206,11 +204,13 @@ def train(
         time_limit=time_limit,
         began=_STARTED,
     )
-    return _run(run_config, options, reporter, device, tokenizer)
+    training_data = open_data(run_config, tokenizer)
+    if other is not None and not run_config.data.is_random:
+        _tell_of_another_tokenizer(training_data.tokenizer, other, reporter)
+    return _run(run_config, training_data, options, reporter, device)
 
 
-def _run(config: Config, options: RunOptions, reporter: Reporter, device: str, tokenizer: Tokenizer | None) -> int:
-    data = open_data(config, tokenizer)
+def _run(config: Config, data: TrainingData, options: RunOptions, reporter: Reporter, device: str) -> int:
     _warn_if_too_large(config, reporter, device)
     with Signals() as signals:  # from here on a signal is a wish, also while a large model or checkpoint is loaded
         try:
@@ -237,7 +237,9 @@ def _sample(trainer: Trainer) -> str:
     end = tokenizer.end_of_text
     prompt = np.array([end if end is not None and end < trainer.config.model.vocab_size else 0])
     sampling = Sampling(_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE)
-    (sample,) = generate(trainer.model, [prompt], sampling, below=tokenizer.vocab_size)
+    # A model that never saw two documents together has nothing to say behind the end of one.
+    ends = [end] if end is not None and trainer.config.data.document_boundaries == "reset" else []
+    (sample,) = generate(trainer.model, [prompt], sampling, ends, below=tokenizer.vocab_size)
     text = tokenizer.decode(sample.tokens).strip()
     # What a young model of bytes says may be a command to the terminal.
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -305,11 +307,13 @@ def _tokenizer_in(path: Path) -> Tokenizer:
     return tokenizer_from_state(from_file(load(path), path).tokenizer)
 
 
-def _tell_of_another_tokenizer(config: Config, other: Opened, reporter: Reporter) -> None:
-    here, there = config.data.tokenizer, None if other.tokenizer is None else other.tokenizer.name
-    if there != (JSON_NAME if here.endswith(".json") else here):
-        known = "has no tokenizer beside it" if there is None else f"has the tokenizer {there}"
-        reporter.notice(f"warning: {other.what} {known}; text is read with {here}, whose ids may mean something else")
+def _tell_of_another_tokenizer(used: Tokenizer, other: Opened, reporter: Reporter) -> None:
+    if other.tokenizer is None or other.tokenizer.state() != used.state():
+        known = "has no tokenizer beside it" if other.tokenizer is None else f"has the tokenizer {other.tokenizer.name}"
+        another = "" if other.tokenizer is None or other.tokenizer.name != used.name else "another "
+        reporter.notice(
+            f"warning: {other.what} {known}; text is read with {another}{used.name}, whose ids may mean something else"
+        )
 
 
 def _config_of(other: Opened, settings: list[str], flags: dict[str, str]) -> Config:

@@ -32,8 +32,8 @@ class Opened:
     """A model that was found, and proved whole where its file can tell.
 
     tokenizer: None where nothing says which. begin: the token that begins documents, for such a model; ends: those that end
-    them. what: in a few words. lineage: of a run that begins with it. data: digest and length of what it was trained on,
-    where that is known. notices: what the user should know.
+    them. what: in a few words. lineage: of a run that begins with it. apart: whether it was trained on documents kept apart.
+    notices: what the user should know.
     """
 
     config: ModelConfig
@@ -43,7 +43,7 @@ class Opened:
     ends: frozenset[int]
     what: str
     lineage: list[dict[str, Any]]
-    data: Mapping[str, Any]
+    apart: bool = False
     notices: tuple[str, ...] = ()
 
     def model(self, device: str = "cpu") -> LanguageModel:
@@ -97,7 +97,7 @@ def _of_step_file(source: Source) -> Opened:
         _ends(tokenizer),
         what,
         [*state.lineage, {"init_from": state.origin()}],
-        state.data,
+        _kept_apart(state.config),
         tuple(source.notices),
     )
 
@@ -123,15 +123,21 @@ def _of_package(path: Path) -> Opened:
         weights |= read.weights
     tokenizer = _own_tokenizer_in(path)
     lineage: list[dict[str, Any]] = [{"imported_from": {}}]
+    training = path / "training_config.json"
+    made = read_json(training) if tokenizer is not None and disk.exists(training) else {}
     if tokenizer is not None:
-        training = path / "training_config.json"
-        lineage = read_json(training).get("lineage", []) if disk.exists(training) else []
+        lineage = made.get("lineage", [])
     elif disk.exists(path / JSON_NAME):
         tokenizer = JsonTokenizer.from_file(path / JSON_NAME)
     files = sorted(file for file in path.iterdir() if file.name.endswith((".safetensors", "config.json")))
     origin = [{"init_from": {"digest": digest_of(files)}}]
     begin, ends = _begin(tokenizer, lineage), _ends(tokenizer, _ends_named_in(path))
-    return Opened(config, weights, tokenizer, begin, ends, str(path), origin, {})
+    return Opened(config, weights, tokenizer, begin, ends, str(path), origin, _kept_apart(made.get("config", {})))
+
+
+def _kept_apart(config: Mapping[str, Any]) -> bool:
+    """Whether a canonical config keeps documents apart."""
+    return bool(config.get("data", {}).get("document_boundaries") == "reset")
 
 
 def _own_config(data: Mapping[str, Any], where: Path) -> ModelConfig:
