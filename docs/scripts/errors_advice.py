@@ -16,9 +16,9 @@ stands what to do beyond what they say. The page is made from the source by
 | 2 | asked for something that cannot be done as asked: wrong usage, config, data or file |
 | 130, 143 | stopped by Ctrl-C or SIGTERM, after saving |
 
-In Python the types are in [`oxidizr_ref.errors`](../api/errors.md); `OxidizrError` is the base of all. Where a
-command has `--debug`, that shows the traceback as well, which a bug report needs. An error of Python itself (`ValueError`, `IndexError`) tells
-that a function was called wrongly; if you only used the command line it is a bug.
+In Python the types are in [`oxidizr_ref.errors`](../api/errors.md); `OxidizrError` is the base of all. Where a command has
+`--debug`, that shows the traceback as well, which a bug report needs. An error of Python itself (`ValueError`, `IndexError`)
+tells that a function was called wrongly; if you only used the command line it is a bug.
 
 ## Something is wrong, and there is no message
 
