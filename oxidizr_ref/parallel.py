@@ -271,8 +271,11 @@ def _run_products(products: list[Product]) -> None:
 
 
 def are_few(x: Array) -> bool:
-    """Whether `few_rows` is the faster way for these rows ``[m, k]``: of several tokens, and few; a device has its own."""
-    return 1 < x.shape[0] <= _FEW_ROWS and not on_device(x)
+    """Whether `few_rows` is the faster way for x: one token ``[B,1,k]`` of each of a few sequences; a device has its own.
+
+    Whole sequences take the way of training, however few rows they have, so that without gradients too they give its bits.
+    """
+    return x.ndim == 3 and x.shape[1] == 1 and 1 < x.shape[0] <= _FEW_ROWS and not on_device(x)
 
 
 def few_rows(x: Array, weight: Array) -> Array:

@@ -99,7 +99,7 @@ class Matrix:
                 self._scenario.work(self._directory, recorder.say)
         except OxidizrError:
             pass
-        assert _open_descriptors() == open_before, "a descriptor is left open"
+        assert _open_descriptors() <= open_before, "a descriptor is left open"  # fewer: another test's was collected
         state = snapshot(self._directory)
         litter = [name for name in state if name.endswith(".tmp") and name not in self._scenario.prior]
         assert not litter or call.name == "unlink", f"left behind: {litter}"

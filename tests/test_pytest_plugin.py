@@ -145,7 +145,12 @@ def test_a_project_that_does_not_use_it_pays_for_no_import(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     code, loaded = json.loads(done.stdout.splitlines()[-1])
-    assert code == 0 and loaded == ["oxidizr_ref", "oxidizr_ref.pytest_plugin", "oxidizr_ref.version"]
+    assert code == 0 and loaded == [
+        "oxidizr_ref",
+        "oxidizr_ref.pictured",
+        "oxidizr_ref.pytest_plugin",
+        "oxidizr_ref.version",
+    ]
 
 
 # --- the fixture itself -----------------------------------------------------------------------------------------------

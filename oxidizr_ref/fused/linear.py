@@ -23,7 +23,7 @@ class Linear(Function):
     def forward(self, x: Array, weight: Array) -> Array:
         self.x, w = product_operands(x.reshape(-1, x.shape[-1]), weight)
         self.weight = weight
-        few = parallel.are_few(self.x) and not any(self.needs)
+        few = parallel.are_few(x) and not any(self.needs)
         y = parallel.few_rows(self.x, w) if few else to_compute(parallel.matmul(self.x, w.T))
         return y.reshape(*x.shape[:-1], weight.shape[0])
 

@@ -29,8 +29,9 @@ class SwiGLU(Function):
         xp, shape = xp_of(x), x.shape
         self.weights = gate_weight, up_weight, down_weight
         wg, wu, wd = (to_compute(weight) for weight in self.weights)
+        few = parallel.are_few(x) and not any(self.needs)
         x = to_compute(x).reshape(-1, shape[-1])
-        if parallel.are_few(x) and not any(self.needs):
+        if few:
             gate, up = (parallel.few_rows(x, weight) for weight in (wg, wu))
             return parallel.few_rows(_activation(gate, up), wd).reshape(*shape[:-1], wd.shape[0])
         gate, up = (xp.empty((x.shape[0], wg.shape[0]), dtype=x.dtype) for _ in range(2))

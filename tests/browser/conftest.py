@@ -10,11 +10,6 @@ import pytest
 _HERE = Path(__file__).parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker here, beside what it means."""
-    config.addinivalue_line("markers", "browser: looks at pages in a headless Chromium, and is skipped without")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of this directory's tests only."""
     if chromium.browser() is not None:
