@@ -275,7 +275,7 @@ def write_trace(
     optimizer = twin.optimizer(trainer_config)
     with TorchRecorder(path, precision) as recorder:
         recorder.parameters(named)
-        for number, (tokens, targets) in enumerate(batches):
+        for number, (tokens, targets, *_) in enumerate(batches):
             if number:
                 recorder.next_step()
             recorder.inputs(tokens, targets)
