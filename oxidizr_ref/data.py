@@ -276,7 +276,7 @@ class Windows:
         self._stream = stream
         self._seed = seed
         self._shuffle = shuffle
-        self._only_responses, self._apart = use.loss_on == "responses", use.document_boundaries == "reset"
+        self._use = use
         self.seq_len = seq_len
         held_out = int(len(stream) * eval_fraction)
         self._split = len(stream) - held_out
@@ -288,19 +288,15 @@ class Windows:
             raise self._too_short("training part", self._split, "a shorter --seq-len or more data")
         if eval_fraction and not self.eval_windows:
             raise self._too_short("held-out part", held_out, "a shorter --seq-len or another trainer.eval_fraction")
-        if self._only_responses:
-            self._must_be_learned("training part", 0, self.train_windows)
-            self._must_be_learned("held-out part", self._split, self.eval_windows)
+        for part, begin, count in (("training", 0, self.train_windows), ("held-out", self._split, self.eval_windows)):
+            if use.loss_on == "responses" and count and not stream.learns(begin + 1, begin + count * seq_len + 1):
+                raise DataError(f"{stream.name}: the {part} part has no response to learn; use data.loss_on: all")
 
     def _too_short(self, part: str, tokens: int, advice: str) -> DataError:
         return DataError(
             f"{self._stream.name}: the {part} has {tokens} tokens, but one window needs {self.seq_len + 1} "
             f"(--seq-len, and 1 for the last target); use {advice}"
         )
-
-    def _must_be_learned(self, part: str, begin: int, windows: int) -> None:
-        if windows and not self._stream.learns(begin + 1, begin + windows * self.seq_len + 1):
-            raise DataError(f"{self._stream.name}: the {part} has no response to learn; use data.loss_on: all")
 
     def epoch(self, cursor: int) -> float:
         """How many epochs ``cursor`` consumed windows are."""
@@ -336,20 +332,25 @@ class Windows:
         return self._gather([self._split + window * self.seq_len for window in windows])
 
     def _gather(self, begins: Sequence[int]) -> Batch:
-        tokens = np.empty((len(begins), self.seq_len), dtype=np.int64)
-        targets = np.empty_like(tokens)
-        for row, begin in enumerate(begins):
-            window = self._stream.read(begin, begin + self.seq_len + 1)
-            tokens[row] = window[:-1]
-            targets[row] = window[1:]
-            if self._only_responses:
-                targets[row, ~self._stream.learned(begin + 1, begin + self.seq_len + 1)] = IGNORED
-        if not self._apart:
-            return Batch(tokens, targets)
-        return Batch(tokens, targets, np.stack([self._stream.begins(begin, begin + self.seq_len) for begin in begins]))
+        return windows_at(self._stream, begins, self.seq_len, self._use)
 
 
-# --- all of it --------------------------------------------------------------------------------------------------------
+def windows_at(stream: TokenStream, begins: Sequence[int], seq_len: int, use: DataConfig) -> Batch:
+    """The windows of ``seq_len`` targets that begin at these tokens, ``[len(begins), seq_len]``; ``use`` as for `Windows`.
+
+    Raises DataError where what is to be used is not known of the stream.
+    """
+    tokens = np.empty((len(begins), seq_len), dtype=np.int64)
+    targets = np.empty_like(tokens)
+    for row, begin in enumerate(begins):
+        window = stream.read(begin, begin + seq_len + 1)
+        tokens[row] = window[:-1]
+        targets[row] = window[1:]
+        if use.loss_on == "responses":
+            targets[row, ~stream.learned(begin + 1, begin + seq_len + 1)] = IGNORED
+    if use.document_boundaries == "ignore":
+        return Batch(tokens, targets)
+    return Batch(tokens, targets, np.stack([stream.begins(begin, begin + seq_len) for begin in begins]))
 
 
 @dataclass(frozen=True)
@@ -365,8 +366,9 @@ class TrainingData:
 def open_data(config: Config, tokenizer: Tokenizer | None = None) -> TrainingData:
     """The data a config names, read with ``tokenizer`` (default: the config's). Raises DataError if it cannot be used."""
     m, t = config.model, config.trainer
-    paths: list[str | Path] = ["random"] if config.data.is_random else [*config.data_paths()]
+    paths: list[str | Path] = [RANDOM] if config.data.is_random else [*config.data_paths()]
     stream, tokenizer = open_stream(paths, tokenizer or config.tokenizer_name(), vocab_size=m.vocab_size, seed=t.seed)
+    marks = _digests_of_marks(stream, config.data)  # first: what is missing is told before all tokens are read
     if paths and all(Path(path).suffix == ".bin" for path in paths):  # large, and read here only to be known
         facts = data_facts.remembered([Path(path) for path in paths], stream.facts)
     else:
@@ -374,24 +376,24 @@ def open_data(config: Config, tokenizer: Tokenizer | None = None) -> TrainingDat
     if facts.largest >= m.vocab_size:
         stream.check_vocabulary(m.vocab_size, max(tokenizer.vocab_size, facts.largest + 1))
     for source in stream.sources:
-        _must_be_as_prepared(source)
-    identity = {"digest": facts.digest, "tokens": len(stream), **_digests_of_marks(stream, config.data)}
+        _must_be_as_prepared(source, facts if len(stream.sources) == 1 else None)
     windows = Windows(stream, m.max_seq_len, t.eval_fraction, t.seed, t.shuffle, config.data)
-    return TrainingData(stream, tokenizer, windows, identity)
+    return TrainingData(stream, tokenizer, windows, {"digest": facts.digest, "tokens": len(stream), **marks})
 
 
-def _must_be_as_prepared(source: Source) -> None:
-    """Raise DataError for tokens that are not those which the file beside them tells of."""
+def _must_be_as_prepared(source: Source, facts: Facts | None) -> None:
+    """Raise DataError for tokens that are not those which the file beside them tells of. facts: the source's, if known."""
     path = Path(source.name)
     meta = read_meta(path) if path.suffix == ".bin" else None
-    if meta is not None and data_facts.remembered([path], TokenStream([source]).facts).digest != meta.digest:
+    if meta is None:
+        return
+    if (facts or data_facts.remembered([path], TokenStream([source]).facts)).digest != meta.digest:
         raise DataError(f"{path}: is not what {path.stem}.meta.json tells of; make both anew with `oxidizr-ref prepare`")
 
 
 def _digests_of_marks(stream: TokenStream, use: DataConfig) -> dict[str, str]:
     """SHA-256 of the marks that are used. Raises DataError where they are missing."""
-    used = {"documents": use.document_boundaries == "reset", "responses": use.loss_on == "responses"}
-    digests = {}
+    digests, used = {}, {"documents": use.document_boundaries == "reset", "responses": use.loss_on == "responses"}
     for what in (name for name, wanted in used.items() if wanted):
         parts = [hashlib.sha256(source.marks.octets(what)).digest() for source in stream.sources]
         digests[what] = hashlib.sha256(b"".join(parts)).hexdigest()

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from oxidizr_ref import ops, parallel, rng
 from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.backend import Array, to_host
-from oxidizr_ref.data import Batch, TokenStream
+from oxidizr_ref.config import DataConfig
+from oxidizr_ref.data import Batch, TokenStream, windows_at
 from oxidizr_ref.data_marks import IGNORED
-from oxidizr_ref.errors import DataError, TrainingError
+from oxidizr_ref.errors import DataError
 from oxidizr_ref.model import LanguageModel
+from oxidizr_ref.sampling import must_be_finite
 from oxidizr_ref.tokenizers import ByteTokenizer, Tokenizer
 
 _LOGITS = 1 << 22  # looked at together
@@ -44,7 +46,10 @@ def mean_loss(model: LanguageModel, batches: Iterable[Batch]) -> float:
 
 
 def whole_windows(
-    stream: TokenStream, seq_len: int, batch_size: int, *, only_responses: bool = False, apart: bool = False
+    stream: TokenStream,
+    seq_len: int,
+    batch_size: int,
+    use: DataConfig = DataConfig(),  # noqa: B008 - immutable
 ) -> Iterator[Batch]:
     """All of a stream, the last window as short as what is left. Raises DataError for a stream of less than two tokens."""
     if len(stream) < 2:
@@ -52,19 +57,9 @@ def whole_windows(
     begins = range(0, len(stream) - 1, seq_len)
     full = (len(stream) - 1) // seq_len
     for first in range(0, full, batch_size):
-        yield _batch(stream, begins[first : min(first + batch_size, full)], seq_len, only_responses, apart)
+        yield windows_at(stream, begins[first : min(first + batch_size, full)], seq_len, use)
     if full < len(begins):
-        yield _batch(stream, begins[full:], len(stream) - 1 - begins[full], only_responses, apart)
-
-
-def _batch(stream: TokenStream, begins: Iterable[int], length: int, only_responses: bool, apart: bool) -> Batch:
-    begins = list(begins)
-    windows = np.stack([stream.read(begin, begin + length + 1) for begin in begins]).astype(np.int64)
-    tokens, targets = windows[:, :-1], windows[:, 1:].copy()
-    if only_responses:
-        learned = np.stack([stream.learned(begin + 1, begin + length + 1) for begin in begins])
-        targets[~learned] = IGNORED
-    return Batch(tokens, targets, np.stack([stream.begins(begin, begin + length) for begin in begins]) if apart else None)
+        yield windows_at(stream, begins[full:], len(stream) - 1 - begins[full], use)
 
 
 @dataclass(frozen=True)
@@ -127,8 +122,7 @@ def _of_tokens(model: LanguageModel, batch: Batch, there: NDArray[np.int64]) -> 
             rows = ops.lookup(h, ids=there[low:high])
             logits = to_host(model.logits_of(rows).data).astype(np.float64)
             ids = targets[low:high, None]
-            if not np.isfinite(logits).all():
-                raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
+            must_be_finite(logits)
             chosen = np.take_along_axis(logits, ids, axis=1)
             top = logits.max(axis=1, keepdims=True)
             losses[low:high] = (np.log(np.exp(logits - top).sum(axis=1, keepdims=True)) + top - chosen)[:, 0]

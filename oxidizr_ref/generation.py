@@ -149,7 +149,7 @@ def generate(
     below: int | None = None,
     log_probs: bool = False,
 ) -> list[Continuation]:
-    """Continue every prompt to its end: `Generation`, without looking on."""
+    """Continue every prompt, int ``[n]`` each, to its end: `Generation`, without looking on. Raises as that does."""
     generation = Generation(model, prompts, sampling, ends, below, log_probs)
     while not generation.done:
         generation.step()

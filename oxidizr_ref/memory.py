@@ -247,7 +247,7 @@ def model_parts(config: Config) -> list[Part]:
 
     def part(layer: int | None, kind: str, parameters: int, idle: int = 0) -> Part:
         kept = _KEPT[kind](m, batch, m.max_seq_len)
-        # Documents kept apart are padded in what mixes along time: by less than twice, by half as a rule.
+        # Documents kept apart are padded in what mixes along time: 1.1 to 1.5 times their tokens, if 5 to 100 long (a test).
         padded = 1.5 if config.data.document_boundaries == "reset" and kind in _MIXING else 1.0
         return Part(
             layer,

@@ -55,12 +55,17 @@ def choose(logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampl
     return int(tokens[place])
 
 
+def must_be_finite(logits: NDArray[np.float64]) -> None:
+    """Raise TrainingError for logits of any shape with NaN or infinities among them: the end of a broken model."""
+    if not np.isfinite(logits).all():
+        raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
+
+
 def candidates(
     logits: NDArray[np.float64], seen: NDArray[np.int64], sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The tokens that may be drawn, ascending, and numbers in proportion to which they are. Otherwise as `choose`."""
-    if not np.isfinite(logits).all():
-        raise TrainingError("the model's logits are not finite; its weights are broken: use another checkpoint")
+    must_be_finite(logits)
     if sampling.repetition_penalty != 1.0:
         logits = logits.copy()
         some = logits[seen]

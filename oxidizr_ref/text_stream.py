@@ -23,10 +23,8 @@ class TextStream:
         self.text, self.stopped = "", False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
-        self._context, self._given = (
-            0,
-            len(self._ids),
-        )  # ids from _context on are decoded; those before _given were given out
+        # Ids from _context on are decoded together; those before _given were given out.
+        self._context, self._given = 0, len(self._ids)
         self._held = ""
 
     def push(self, token: int) -> str:

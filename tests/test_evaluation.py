@@ -13,6 +13,7 @@ import pytest
 
 from oxidizr_ref.autograd import no_grad
 from oxidizr_ref.cli.main import _run
+from oxidizr_ref.config import DataConfig
 from oxidizr_ref.data import Source, TokenStream
 from oxidizr_ref.data_marks import Marks
 from oxidizr_ref.errors import DataError, TrainingError
@@ -20,6 +21,7 @@ from oxidizr_ref.evaluation import Scores, difference, joined, mean_loss, scores
 from oxidizr_ref.tokenizers import ByteTokenizer, get_tokenizer
 
 VOCAB = architectures.VOCAB
+RESPONSES, APART = DataConfig(loss_on="responses"), DataConfig(document_boundaries="reset")
 
 
 def stream_of(count: int, marks: Marks | None = None) -> TokenStream:
@@ -62,15 +64,17 @@ def test_losses_and_ranks_are_those_of_the_logits(architecture: str, monkeypatch
     assert found.ranks[3, 5:].tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("options", [{}, {"only_responses": True}, {"apart": True}, {"only_responses": True, "apart": True}])
-def test_the_mean_is_the_loss_that_training_reports(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize("boundaries", ["ignore", "reset"])
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_the_mean_is_the_loss_that_training_reports(loss_on: Any, boundaries: Any) -> None:
+    use = DataConfig(loss_on=loss_on, document_boundaries=boundaries)
     model = architectures.lively_model("hybrid")
     spans, begins = np.array([[3, 5], [9, 12], [44, 50]], dtype=np.uint64), np.array([0, 6, 46], dtype=np.uint64)
     stream = stream_of(50, Marks("x", lambda: begins, lambda: spans))  # the last window is a short one
-    found = joined(scores(model, whole_windows(stream, 8, 3, **options), 8))
-    assert found.count == (11 if "only_responses" in options else 49)
-    assert found.loss() == pytest.approx(mean_loss(model, whole_windows(stream, 8, 3, **options)), rel=1e-10)
-    if "apart" in options:
+    found = joined(scores(model, whole_windows(stream, 8, 3, use), 8))
+    assert found.count == (11 if loss_on == "responses" else 49)
+    assert found.loss() == pytest.approx(mean_loss(model, whole_windows(stream, 8, 3, use)), rel=1e-10)
+    if boundaries == "reset":
         alone = joined(scores(model, whole_windows(stream, 8, 3), 8))
         assert found.losses[5, 7] != alone.losses[5, 7]  # token 48 stands two behind the last begin
 
@@ -79,11 +83,11 @@ def test_only_responses_and_documents_apart_are_as_in_training() -> None:
     model = architectures.lively_model("hybrid")
     spans, begins = np.array([[3, 5], [9, 12]], dtype=np.uint64), np.array([0, 6], dtype=np.uint64)
     stream = stream_of(17, Marks("x", lambda: begins, lambda: spans))
-    found = joined(scores(model, whole_windows(stream, 8, 2, only_responses=True), 8))
+    found = joined(scores(model, whole_windows(stream, 8, 2, RESPONSES), 8))
     assert np.argwhere(found.ranks >= 0).tolist() == [[0, 2], [0, 3], [1, 0], [1, 1], [1, 2]]
     whole = joined(scores(model, whole_windows(stream, 8, 2), 8))
     np.testing.assert_allclose(found.losses[found.ranks >= 0], whole.losses[found.ranks >= 0], rtol=1e-12)
-    apart = joined(scores(model, whole_windows(stream, 8, 2, apart=True), 8))
+    apart = joined(scores(model, whole_windows(stream, 8, 2, APART), 8))
     alone = joined(scores(model, whole_windows(TokenStream([Source("x", stream.read(6, 9))]), 8, 1), 8))
     np.testing.assert_allclose(apart.losses[0, 6:8], alone.losses[0, :2], atol=1e-10)
 

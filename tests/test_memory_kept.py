@@ -11,7 +11,7 @@ import pytest
 
 from oxidizr_ref import LanguageModel, Tensor
 from oxidizr_ref.autograd import Function
-from oxidizr_ref.config import Config, ModelConfig, TrainerConfig
+from oxidizr_ref.config import Config, DataConfig, ModelConfig, TrainerConfig
 from oxidizr_ref.layers.attention import TokenCache
 from oxidizr_ref.layers.feed_forward import Routing
 from oxidizr_ref.memory import model_parts
@@ -118,6 +118,24 @@ def test_every_byte_that_the_tape_of_the_loss_keeps_is_in_the_estimate(name: str
     # The gradient of the output weights is formed with the loss; the estimate counts it with the gradients.
     of_output_weights = 61 * config.model.hidden_size * (8 if dtype == "f64" else 4)
     assert held - of_output_weights == sum(part.kept for part in model_parts(config))
+
+
+@pytest.mark.parametrize("length", [64, 129, 500])
+@pytest.mark.parametrize("name", ["llama", "mla", "mamba1", "mamba2", "mamba3", "hybrid 2"])
+def test_what_documents_kept_apart_keep_is_at_most_the_estimate_and_not_far_below(name: str, length: int) -> None:
+    """Documents of about 5, 20 and 100 tokens: rows are padded to powers of two, so how much is a matter of the data."""
+    model_config = config_of(**ARCHITECTURES[name], max_seq_len=length).model
+    trainer = TrainerConfig(learning_rate=1e-3, batch_size=8, load_balance_alpha=0.1)
+    config = Config(model=model_config, trainer=trainer, data=DataConfig(document_boundaries="reset"))
+    estimate, model = sum(part.kept for part in model_parts(config)), LanguageModel(model_config, seed=1)
+    drawn = np.random.default_rng(0)
+    tokens = drawn.integers(0, 61, (8, length))
+    for share in (0.2, 0.05, 0.01):
+        routings: list[Routing] = []
+        begins = drawn.random(tokens.shape) < share
+        loss = model.loss(tokens, tokens, load_balance_alpha=0.1, routings=routings, begins=begins)
+        held = kept_on_the_tape(model, [loss, *(routing.balance for routing in routings)]) - 61 * 32 * 4
+        assert 0.7 < held / estimate < 1.02
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref import parallel
-from oxidizr_ref.backend import resolve_device
+from oxidizr_ref.cli.options import Debug, TargetDevice, Threads, device_for
 from oxidizr_ref.cli.terminal import can_draw, console
-from oxidizr_ref.cli.train import Device
 from oxidizr_ref.cli.words import counted, printable
+from oxidizr_ref.config import DataConfig
 from oxidizr_ref.data import open_stream
 from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.evaluation import Difference, Scores, difference, joined, scores, text_bytes, whole_windows
@@ -61,15 +61,9 @@ def evaluate(
     as_json: Annotated[
         bool, typer.Option("--json", metavar="", help="One JSON object, on stdout.", rich_help_panel=_OUTPUT)
     ] = False,
-    target_device: Annotated[
-        Device | None, typer.Option(help="Demand a device. Default: a GPU if there is one.", rich_help_panel=_OUTPUT)
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads (default: all cores).", rich_help_panel=_OUTPUT)
-    ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)
-    ] = False,
+    target_device: TargetDevice = None,
+    threads: Threads = None,
+    debug: Debug = False,
 ) -> int:
     """Measure loss, perplexity, bits per byte and accuracy on a file that was not trained on.
 
@@ -78,17 +72,20 @@ def evaluate(
     del debug  # read by main
     if threads is not None:
         parallel.set_threads(threads)
-    device = resolve_device(target_device or "gpu", demanded_by="--target-device gpu" if target_device == "gpu" else None)
+    device = device_for(target_device)
     opened = [open_model(path) for path in (model, compare) if path is not None]
+    for notice in (notice for one in opened for notice in one.notices):
+        print(printable(notice), file=sys.stderr)
     tokenizer = _shared_tokenizer(opened)
     stream, _ = open_stream(data, tokenizer, vocab_size=opened[0].config.vocab_size, seed=0)
     if apart is None and (apart := opened[0].apart):
         print("documents are kept apart, as they were in training; --documents-together does not", file=sys.stderr)
+    use = DataConfig(loss_on="responses" if only_responses else "all", document_boundaries="reset" if apart else "ignore")
     length = seq_len or min(one.config.max_seq_len for one in opened)
     size = batch_size or max(1, _TOKENS // length)
     measured = []
     for letter, one in zip("AB", opened, strict=False):
-        batches = whole_windows(stream, length, size, only_responses=only_responses, apart=bool(apart))
+        batches = whole_windows(stream, length, size, use)
         found, count = scores(one.model(device), batches, length), -(-len(stream) // (length * size))
         bar = track(found, letter, count, console=console(stderr=True), transient=True, disable=not can_draw())
         measured.append(joined(bar))

@@ -18,9 +18,8 @@ import typer
 from numpy.typing import NDArray
 
 from oxidizr_ref import parallel
-from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.chat import ROLES, Message, chat_prompt
-from oxidizr_ref.cli.train import Device
+from oxidizr_ref.cli.options import Debug, TargetDevice, Threads, device_for
 from oxidizr_ref.cli.words import of, printable
 from oxidizr_ref.errors import DataError, OxidizrError, UsageError
 from oxidizr_ref.generation import Continuation, Generation
@@ -87,15 +86,9 @@ def generate(
         bool,
         typer.Option("--logprobs", metavar="", help="Log-probabilities of the tokens (nats).", rich_help_panel=_OUTPUT),
     ] = False,
-    target_device: Annotated[
-        Device | None, typer.Option(help="Demand a device. Default: a GPU if there is one.", rich_help_panel=_OUTPUT)
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads (default: all cores).", rich_help_panel=_OUTPUT)
-    ] = None,
-    debug: Annotated[
-        bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)
-    ] = False,
+    target_device: TargetDevice = None,
+    threads: Threads = None,
+    debug: Debug = False,
 ) -> int:
     """Generate text, streamed as it is drawn. Without a prompt: a conversation, or the text on stdin."""
     del debug  # read by main
@@ -112,7 +105,7 @@ def generate(
     for notice in opened.notices:
         print(printable(notice), file=sys.stderr)
     opened.its_tokenizer()  # refuses before the work
-    device = resolve_device(target_device or "gpu", demanded_by="--target-device gpu" if target_device == "gpu" else None)
+    device = device_for(target_device)
     writer = _Writer(opened, device, sampling, tuple(stop or ()), raw, logprobs)
     if conversing:
         _converse(writer, system, opened.what)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oxidizr_ref.cli.completion import configs, tokenizers
+from oxidizr_ref.cli.options import Debug
 from oxidizr_ref.cli.terminal import can_draw, console
 from oxidizr_ref.cli.words import counted, of, printable, printable_lines, size_of
 from oxidizr_ref.config import canonical_json
@@ -90,9 +91,7 @@ def prepare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Replace files that are there.", rich_help_panel=_RUN)
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.", rich_help_panel=_RUN)
-    ] = False,
+    debug: Debug = False,
 ) -> int:
     """Turn text into files of tokens for `train -d`.
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from oxidizr_ref.cli.options import Debug
 from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import of, printable, size_of
 from oxidizr_ref.errors import CheckpointError, UsageError
@@ -41,7 +42,7 @@ def push(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("-y", "--yes", metavar="", help="Do not ask before the upload.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> int:
     """Check a package and upload it to the Hugging Face hub, in one commit.
 

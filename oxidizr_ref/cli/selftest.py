@@ -16,7 +16,7 @@ import typer
 from oxidizr_ref.backend import resolve_device
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.checkpoint.store import CheckpointStore
-from oxidizr_ref.cli.train import Device
+from oxidizr_ref.cli.options import Device
 from oxidizr_ref.errors import OxidizrError
 from oxidizr_ref.fingerprint import fingerprint
 

@@ -15,15 +15,16 @@ import typer
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device, use_device
-from oxidizr_ref.checkpoint.format import load, read_header
+from oxidizr_ref.checkpoint.format import Checkpoint, mapped, read_header
 from oxidizr_ref.checkpoint.state import ALLOWABLE, from_file
 from oxidizr_ref.checkpoint.store import CheckpointStore, existing
 from oxidizr_ref.cli.completion import configs, dtypes, resume_words
+from oxidizr_ref.cli.options import Device
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
 from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
 from oxidizr_ref.data import TrainingData, open_data
-from oxidizr_ref.errors import CheckpointError, UsageError
+from oxidizr_ref.errors import CheckpointError, DataError, UsageError
 from oxidizr_ref.generation import generate
 from oxidizr_ref.interop.opened import Opened, open_model
 from oxidizr_ref.memory import estimate_memory, out_of_memory
@@ -39,13 +40,6 @@ from oxidizr_ref.trainer import Trainer
 _STARTED = time.monotonic()  # what --time-limit counts from, but for the start of the interpreter
 DEFAULT_CONFIG = "nano-start"
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 300, 0.6
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    cpu = "cpu"
-    gpu = "gpu"
 
 
 class SyncBackend(StrEnum):
@@ -294,7 +288,7 @@ def _given_tokenizer(config: Config, is_its_own: bool, resume: str | None, other
     elif resume == "auto":
         store = CheckpointStore(Path(config.trainer.checkpoint_dir))
         for step in reversed(store.steps()):
-            with suppress(CheckpointError):  # what is damaged is passed over, and told, later
+            with suppress(CheckpointError, DataError):  # what is damaged is passed over, and told, later
                 found = _tokenizer_in(store.path(step))
                 break
     elif resume is not None:
@@ -303,8 +297,9 @@ def _given_tokenizer(config: Config, is_its_own: bool, resume: str | None, other
 
 
 def _tokenizer_in(path: Path) -> Tokenizer:
-    path = existing(path, path.parent)
-    return tokenizer_from_state(from_file(load(path), path).tokenizer)
+    """The tokenizer of a step file, which is proved whole when the run goes on from it; this proves itself by its digest."""
+    header, tensors = mapped(existing(path, path.parent))
+    return tokenizer_from_state(from_file(Checkpoint(tensors, header.metadata), path).tokenizer)
 
 
 def _tell_of_another_tokenizer(used: Tokenizer, other: Opened, reporter: Reporter) -> None:
