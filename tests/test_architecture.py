@@ -54,6 +54,7 @@ FLOORS: dict[str, int | str] = {
     "nn": 4,
     "layers": 5,
     "model": 6,
+    "beginning": 7,
     "bench": 7,
     "evaluation": 7,
     "generation": 7,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from oxidizr_ref.checkpoint.contents import JSON_KEYS, Contents, Numbers, file_m
 from oxidizr_ref.checkpoint.header import DTYPE_NAMES
 from oxidizr_ref.cli.completion import configs, dtypes
 from oxidizr_ref.cli.config_view import show_config
+from oxidizr_ref.cli.options import as_overrides
 from oxidizr_ref.cli.terminal import console
 from oxidizr_ref.cli.words import counted, of, printable, short, size_of, words
 from oxidizr_ref.config import canonical_json, load_config
@@ -59,12 +59,13 @@ def inspect(
 
     With `-f`, what a config makes: its layers, their parameters, and the memory that training takes.
     """
-    given = {
-        "--seq-len": ("model.max_seq_len", seq_len),
-        "--batch-size": ("trainer.batch_size", batch_size),
-        "--dtype": ("model.dtype", dtype),
-    }
-    flags = {f"{flag} {value}": f"{key}={json.dumps(value)}" for flag, (key, value) in given.items() if value is not None}
+    flags = as_overrides(
+        {
+            "--seq-len": ("model.max_seq_len", seq_len),
+            "--batch-size": ("trainer.batch_size", batch_size),
+            "--dtype": ("model.dtype", dtype),
+        }
+    )
     if (path is None) == (config is None):
         raise UsageError(f"inspect: give a checkpoint (PATH) or a config (-f CONFIG){', not both' if path else ''}")
     if config is not None:

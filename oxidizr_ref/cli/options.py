@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,3 +33,12 @@ Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show traceback
 def device_for(wish: Device | None) -> str:
     """Where a command computes that is given ``--target-device`` or not. Raises DeviceError for one that is not there."""
     return resolve_device(wish or Device.gpu, demanded_by="--target-device gpu" if wish is Device.gpu else None)
+
+
+def as_overrides(flags: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    """``{"--batch-size 4": "trainer.batch_size=4"}`` of the flags that were given. JSON is YAML, and quotes for us."""
+    return {
+        f"{flag} {' '.join(value) if isinstance(value, list) else value}": f"{key}={json.dumps(value)}"
+        for flag, (key, value) in flags.items()
+        if value is not None
+    }

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from oxidizr_ref import parallel
 from oxidizr_ref.backend import resolve_device, use_device
-from oxidizr_ref.checkpoint.format import Checkpoint, mapped, read_header
-from oxidizr_ref.checkpoint.state import ALLOWABLE, from_file
-from oxidizr_ref.checkpoint.store import CheckpointStore, existing
+from oxidizr_ref.beginning import DEFAULT_CONFIG, config_of_run, other_tokenizer, tokenizer_of_run
+from oxidizr_ref.checkpoint.state import ALLOWABLE
 from oxidizr_ref.cli.completion import configs, dtypes, resume_words
-from oxidizr_ref.cli.options import Device
+from oxidizr_ref.cli.options import Device, as_overrides
 from oxidizr_ref.cli.report import make_reporter
 from oxidizr_ref.cli.words import size_of
-from oxidizr_ref.config import OPERATIONAL_KEYS, Config, config_differences, load_config
+from oxidizr_ref.config import Config
 from oxidizr_ref.data import TrainingData, open_data
-from oxidizr_ref.errors import CheckpointError, DataError, UsageError
+from oxidizr_ref.errors import UsageError
 from oxidizr_ref.generation import generate
-from oxidizr_ref.interop.opened import Opened, open_model
+from oxidizr_ref.interop.opened import open_model
 from oxidizr_ref.memory import estimate_memory, out_of_memory
 from oxidizr_ref.memory_now import available_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.run import FirstWeights, Reporter, RunOptions
 from oxidizr_ref.sampling import Sampling
 from oxidizr_ref.signals import Signals
-from oxidizr_ref.tokenizer_libraries import JSON_NAME
-from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 from oxidizr_ref.trainer import Trainer
 
 _STARTED = time.monotonic()  # what --time-limit counts from, but for the start of the interpreter
-DEFAULT_CONFIG = "nano-start"
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 300, 0.6
 
 
@@ -159,7 +152,7 @@ def train(
     del debug  # read by main
     if sync_backend is not None and gpus is None:
         raise UsageError("--sync-backend says how several --gpus add up gradients; give --gpus with it")
-    flags = _as_overrides(
+    flags = as_overrides(
         {
             "--seq-len": ("model.max_seq_len", seq_len),
             "--batch-size": ("trainer.batch_size", batch_size),
@@ -176,13 +169,8 @@ def train(
     )
     _check_usage(resume, init_from, overwrite, allow_mismatch or [])
     other = None if init_from is None else open_model(init_from)
-    if other is not None and config is None:
-        run_config = _config_of(other, settings or [], flags)
-    else:
-        run_config = _config(config, resume, settings or [], flags)
-    if other is not None:
-        _must_be_the_same_model(run_config, other)
-    tokenizer = _given_tokenizer(run_config, config is None, resume, other)
+    run_config = config_of_run(config, resume, other, settings or [], flags)
+    tokenizer = tokenizer_of_run(run_config, config is None, resume, other)
     reporter = make_reporter(headless)
     demanded_by = f"--gpus {gpus}" if gpus is not None else "--target-device gpu" if target_device is Device.gpu else None
     device = _device(run_config, demanded_by, gpus, reporter)
@@ -199,8 +187,8 @@ def train(
         began=_STARTED,
     )
     training_data = open_data(run_config, tokenizer)
-    if other is not None and not run_config.data.is_random:
-        _tell_of_another_tokenizer(training_data.tokenizer, other, reporter)
+    if other is not None and not run_config.data.is_random and (differs := other_tokenizer(training_data.tokenizer, other)):
+        reporter.notice(f"warning: {differs}")
     return _run(run_config, training_data, options, reporter, device)
 
 
@@ -239,112 +227,12 @@ def _sample(trainer: Trainer) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _as_overrides(flags: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
-    """``{"--batch-size 4": "trainer.batch_size=4"}`` of the flags that were given. JSON is YAML, and quotes for us."""
-    return {
-        f"{flag} {' '.join(value) if isinstance(value, list) else value}": f"{key}={json.dumps(value)}"
-        for flag, (key, value) in flags.items()
-        if value is not None
-    }
-
-
 def _check_usage(resume: str | None, init_from: Path | None, overwrite: bool, allow_mismatch: list[str]) -> None:
     if resume and (overwrite or init_from):
         raise UsageError(f"--resume continues a run, {'--overwrite' if overwrite else '--init-from'} starts one; give one")
     for kind in allow_mismatch:
         if kind not in ALLOWABLE:
             raise UsageError(f"--allow-mismatch {kind}: expected one of {', '.join(ALLOWABLE)}")
-
-
-def _config(source: str | None, resume: str | None, settings: list[str], flags: dict[str, str]) -> Config:
-    """The config of ``-f``; without it, the one inside the file of ``--resume PATH``, or the default."""
-    if source is not None or resume in (None, "auto"):
-        return load_config(source or DEFAULT_CONFIG, settings, flags)
-    path = Path(resume or "")
-    try:
-        inside = json.loads(read_header(existing(path, path.parent)).metadata["config"])
-    except (KeyError, ValueError, RecursionError):
-        raise CheckpointError(f"{path}: holds no config; give it with -f CONFIG") from None
-    _fill_in_what_changes_no_bits(inside, path.parent)
-    config = Config.from_canonical(inside, settings, flags)
-    given = {text.partition("=")[0].removeprefix("trainer.") for text in (*settings, *flags.values())}
-    if not {"max_steps", "num_epochs"} & (inside["trainer"].keys() | given):
-        raise UsageError(f"--resume {path}: the file does not say how long to train; give --max-steps N, or -f CONFIG")
-    return config
-
-
-def _given_tokenizer(config: Config, is_its_own: bool, resume: str | None, other: Opened | None) -> Tokenizer | None:
-    """The tokenizer inside the model or the checkpoint that the run begins with; None where the config says enough.
-
-    It does not of a tokenizer.json, when the config itself came from there (``is_its_own``), nor of characters: those of
-    another text would have other ids.
-    """
-    name = config.data.tokenizer
-    if not (name == "char" or (is_its_own and name == JSON_NAME)):
-        return None
-    found = None
-    if other is not None:
-        found = other.tokenizer
-    elif resume == "auto":
-        store = CheckpointStore(Path(config.trainer.checkpoint_dir))
-        for step in reversed(store.steps()):
-            with suppress(CheckpointError, DataError):  # what is damaged is passed over, and told, later
-                found = _tokenizer_in(store.path(step))
-                break
-    elif resume is not None:
-        found = _tokenizer_in(Path(resume))
-    return found if found is not None and found.name == name else None
-
-
-def _tokenizer_in(path: Path) -> Tokenizer:
-    """The tokenizer of a step file, which is proved whole when the run goes on from it; this proves itself by its digest."""
-    header, tensors = mapped(existing(path, path.parent))
-    return tokenizer_from_state(from_file(Checkpoint(tensors, header.metadata), path).tokenizer)
-
-
-def _tell_of_another_tokenizer(used: Tokenizer, other: Opened, reporter: Reporter) -> None:
-    if other.tokenizer is None or other.tokenizer.state() != used.state():
-        known = "has no tokenizer beside it" if other.tokenizer is None else f"has the tokenizer {other.tokenizer.name}"
-        another = "" if other.tokenizer is None or other.tokenizer.name != used.name else "another "
-        reporter.notice(
-            f"warning: {other.what} {known}; text is read with {another}{used.name}, whose ids may mean something else"
-        )
-
-
-def _config_of(other: Opened, settings: list[str], flags: dict[str, str]) -> Config:
-    """The config of a run that goes on with another model where no ``-f`` says how: that model, the default's training."""
-    default = load_config(DEFAULT_CONFIG)
-    trainer = default.trainer.model_dump(mode="json") | {"checkpoint_dir": f"./checkpoints/{other.config.name}"}
-    tokenizer = other.tokenizer.name if other.tokenizer is not None else default.data.tokenizer
-    inside = {"model": other.config.model_dump(mode="json"), "trainer": trainer, "data": {"tokenizer": tokenizer}}
-    return Config.from_canonical(inside, settings, flags)
-
-
-def _must_be_the_same_model(config: Config, other: Opened) -> None:
-    """Raise UsageError where the config and the model whose weights it is to start with differ in more than storage."""
-    here, there = ({"model": model.model_dump(mode="json")} for model in (config.model, other.config))
-    free = {"model.name", "model.dtype", "model.max_seq_len"}
-    changed = [change for change in config_differences(there, here) if change[0] not in free]
-    if changed:
-        differs = ", ".join(f"{key} is {old} there, {new} here" for key, old, new in changed)
-        raise UsageError(f"--init-from {other.what}: another model: {differs}; leave out -f to take its own config")
-
-
-def _fill_in_what_changes_no_bits(inside: dict[str, Any], directory: Path) -> None:
-    """Complete a checkpoint's config: from the config.json beside it, where there is one; files go on beside it."""
-    inside["trainer"]["checkpoint_dir"] = str(directory)
-    beside = directory / "config.json"
-    if not beside.is_file():
-        return
-    try:
-        whole = json.loads(beside.read_text(encoding="utf-8"))
-        for key in (OPERATIONAL_KEYS | {"max_steps", "num_epochs"}) - {"checkpoint_dir", "target_device"}:
-            if key not in inside["trainer"] and key in whole["trainer"]:
-                inside["trainer"][key] = whole["trainer"][key]
-        inside["data"]["path"] = whole["data"]["path"]
-        inside["model"]["name"] = whole["model"]["name"]
-    except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{beside}: is damaged; give the config with -f CONFIG, or remove this file") from None
 
 
 def _device(config: Config, demanded_by: str | None, gpus: str | None, reporter: Reporter) -> str:

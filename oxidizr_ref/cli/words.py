@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from oxidizr_ref.report.text import size_of as size_of
+
 
 def printable(text: str) -> str:
     """``text`` with everything that could command a terminal, or cannot be written to one, as ``\\x1b`` and the like."""
@@ -36,17 +38,6 @@ def short(number: int | float | None, digits: int = 3) -> str:
 def counted(count: int) -> str:
     """A count: exact up to seven digits."""
     return f"{count:,}" if count < 10_000_000 else short(count)
-
-
-def size_of(count: int) -> str:
-    """A number of bytes: ``640 B``, ``16.6 kB``, ``1.2 GB``, in powers of 1000."""
-    if count < 1000:
-        return f"{count} B"
-    scaled, units = float(count), iter(("kB", "MB", "GB", "TB", "PB", "EB"))
-    unit = ""
-    while scaled >= 999.5:
-        scaled, unit = scaled / 1000, next(units)
-    return f"{scaled:.3g} {unit}"
 
 
 def of(count: int, noun: str) -> str:

@@ -51,7 +51,7 @@ class CausalConv(Module):
 
 
 def final_state(x: Array, a: Array, B: Array) -> Array:
-    """The state after the last token, ``Σ_t exp(a_{t+1} + … + a_T) Σ_r x_t^r B_t^rᵀ``.
+    """The state after the last token, ``Σ_t exp(a_{t+1} + … + a_T) Σ_r x_t^r B_t^rᵀ`` (Dao & Gu 2024, section 6: a chunk's).
 
     x: ``[B,T,R,H,P]`` as it enters, a: ``[B,T,H]``, the logarithm of the decay, B: ``[B,T,R,G,N]``, shared by H/G heads.
     Returns ``[B,H,P,N]``.
