@@ -373,7 +373,6 @@ def test_a_tokenizer_json_goes_along_both_ways(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
     made.add_special_tokens(["<|endoftext|>"])
     made.save(str(there / "tokenizer.json"))
-    assert read_pretrained(there).tokenizer_json == there / "tokenizer.json"
     done = import_pretrained(there, tmp_path / "ours.safetensors")
     assert done.tokenizer == "tokenizer.json" and done.notes == []
     exported = export_checkpoint(tmp_path / "ours.safetensors", tmp_path / "back")

@@ -105,6 +105,7 @@ def test_a_licence_that_was_not_given_is_not_invented(source: Source) -> None:
 def test_a_licence_that_the_hub_does_not_know_is_told_in_its_way(source: Source) -> None:
     header = header_of(card_of(source, license="house-1.0"))
     assert (header["license"], header["license_name"]) == ("other", "house-1.0")
+    assert header_of(card_of(source, license="1.0"))["license_name"] == "1.0"
     assert len(HUB_LICENSES.split()) == len(set(HUB_LICENSES.split()))
 
 

@@ -206,6 +206,16 @@ def spoil_digest(there: Path) -> None:
     (there / "oxidizr_tokenizer.json").write_text('{"name": "byte", "digest": "0"}')
 
 
+def spoil_text(there: Path) -> None:
+    (there / "oxidizr_tokenizer.json").write_text('{"name": "tokenizer.json", "digest": "0"}')
+    (there / "tokenizer.json").write_bytes(b"\xff")
+
+
+def remove_text(there: Path) -> None:
+    spoil_text(there)
+    (there / "tokenizer.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -217,6 +227,8 @@ def spoil_digest(there: Path) -> None:
         (spoil_weights, "1 missing: model.norm.weight"),
         (cut_weights, "model.safetensors: is no sound safetensors file"),
         (lambda there: (there / "tokenizer.json").write_text("{}"), "tokenizer.json: is no tokenizer.json"),
+        (spoil_text, "oxidizr_tokenizer.json: 'utf-8' codec can't decode"),
+        (remove_text, "oxidizr_tokenizer.json: [Errno 2] No such file or directory"),
         (spoil_digest, "the stored byte tokenizer does not match its digest"),
         (lambda there: (there / "generation_config.json").write_text("no"), "generation_config.json: is not JSON"),
         (lambda there: (there / "training_config.json").write_text("no"), None),

@@ -5,8 +5,8 @@ from __future__ import annotations
 HEAD = """# Troubleshooting
 
 An error is one line: what is wrong, where (file, line, offset), and what to do. It begins with `error:` and goes to stderr.
-Find yours with the search of this site, or of this page: every message is on it, with `…` for what is filled in. Under some
-stands what to do beyond what they say. The page is made from the source by
+Find yours with the search of this site, or of this page: every message of the package is on it, with `…` for what is filled
+in. Under some stands what to do beyond what they say. The page is made from the source by
 [docs/scripts/errors.py](../scripts/errors.py).
 
 | exit code | |
@@ -72,7 +72,7 @@ AREAS: dict[str, tuple[tuple[str, ...], str]] = {
 ADVICE: dict[str, str] = {
     # configs
     "unknown key": "If a valid key is near, it is named. Keys belong to a section: `trainer.learning_rate`.",
-    "given twice": "YAML keeps the last of two equal keys; here that is an error, because the first was meant as well.",
+    "given twice…;": "YAML keeps the last of two equal keys; here that is an error, because the first was meant as well.",
     "num_heads … is not divisible by kv_heads": "Each key/value head serves equally many query heads.",
     "is odd; RoPE rotates pairs": "Change `hidden_size` or `num_heads`, so that their quotient is even.",
     "must equal mamba2_num_heads": "Leave `mamba2_head_dim` out: it is then filled in.",
@@ -101,15 +101,13 @@ ADVICE: dict[str, str] = {
     "use a newer oxidizr_ref": "A newer release wrote the file. Files of older releases always load.",
     "it holds no digests": "To import weights of another program, see [Converting](../convert.md).",
     "the checkpoint holds another model": "Keys that shape the model must match. `inspect FILE` shows those of the file.",
-    "--allow-mismatch …": "Another seed, other data or another dtype make another run: say that you mean it.",
+    "; … --allow-mismatch …": "Another seed, other data or another dtype make another run: say that you mean it.",
     "--strict: …": "Without `--strict` the difference is told in one line and kept in the file's lineage.",
     # data and tokenizers
     "is not below the vocabulary size": "`prepare --check CONFIG` finds this before anything is encoded.",
     "was made with another tokenizer": "Ids mean nothing without the tokenizer that made them.",
     "is not what ….meta.json tells of": "The files beside a `.bin` belong to it: copy, move and replace them together.",
     "but one window needs": "A window is `max_seq_len` + 1 tokens, in the training part and in the held-out part.",
-    "needs the library tokenizers": '`pip install "oxidizr-ref[tokenizers]"`',
-    "needs splintr-rs": '`pip install "oxidizr-ref[tokenizers]"`',
     "does not match its digest": "The file was changed by hand or is damaged; its ids could mean other text.",
     "looks binary": "With `--errors replace` single wrong bytes are replaced, but not in a file that is mostly no text.",
     "standard input can be read only once": "`char` and `--train-bpe` look at all of the text before they encode it.",

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from oxidizr_ref.backend import STORAGE_DTYPES
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.contents import file_meant
 from oxidizr_ref.checkpoint.format import Checkpoint
@@ -21,10 +20,10 @@ from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.interop.families import family_for
 from oxidizr_ref.interop.hugging_face import is_of_a_model, load_weights_file, read_pretrained, write_pretrained
-from oxidizr_ref.interop.tokenizer_files import STATE_FILE, json_text, tokenizer_files
-from oxidizr_ref.interop.weight_files import digest_of, narrowest, read_json, some
+from oxidizr_ref.interop.tokenizer_files import tokenizer_files, tokenizer_in
+from oxidizr_ref.interop.weight_files import digest_of, json_text, narrowest, some, stored_as
 from oxidizr_ref.tokenizer_libraries import JSON_NAME
-from oxidizr_ref.tokenizers import ByteTokenizer, get_tokenizer, tokenizer_from_state
+from oxidizr_ref.tokenizers import ByteTokenizer, tokenizer_from_state
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 
@@ -95,7 +94,7 @@ def export_checkpoint(
         model = model.model_copy(update={"dtype": dtype})
     notes: list[str] = []
     texts, end_of_text = _tokenizer_texts(state, model, notes)
-    weights = _stored_as(state.weights, model.dtype)
+    weights = stored_as(state.weights, model.dtype)
     files = write_pretrained(target, model, weights, max_shard_bytes=max_shard_bytes, eos_token_id=end_of_text, beside=texts)
     return Converted(family.model_type, model, _count(weights), state.tokenizer["name"], files, notes)
 
@@ -133,7 +132,7 @@ def _save(
 ) -> Converted:
     """The checkpoint. origin: a family and a digest. Where there was no tokenizer, the lineage says so."""
     model = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
-    stored = _stored_as(weights, model.dtype)
+    stored = stored_as(weights, model.dtype)
     state = RunState(
         weights=stored,
         optimizer={},
@@ -151,17 +150,6 @@ def _save(
     return Converted(origin["family"], model, _count(weights), state.tokenizer["name"], [target], notes)
 
 
-def _stored_as(weights: Mapping[str, HostArray], dtype_name: str) -> dict[str, HostArray]:
-    """Weights rounded to nearest where they are of another dtype. Raises DataError for one that is too large for it."""
-    dtype, stored = STORAGE_DTYPES[dtype_name], {}
-    for name, array in weights.items():
-        with np.errstate(over="ignore"):
-            stored[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
-        if array.dtype != dtype and not np.array_equal(np.isfinite(stored[name]), np.isfinite(array)):
-            raise DataError(f"{name} holds numbers that are too large for {dtype_name}; give another --dtype")
-    return stored
-
-
 def _count(weights: Mapping[str, HostArray]) -> int:
     return sum(array.size for array in weights.values())
 
@@ -170,14 +158,9 @@ def _count(weights: Mapping[str, HostArray]) -> int:
 
 
 def _tokenizer_state(directory: Path, vocab_size: int, notes: list[str]) -> dict[str, Any] | None:
-    """The state of the tokenizer whose files are in a directory: ours, or a tokenizer.json. None where there is neither."""
-    own, given = directory / STATE_FILE, directory / JSON_NAME
-    state = read_json(own) if disk.exists(own) else {"name": JSON_NAME}
-    if state.get("name") != JSON_NAME:
-        tokenizer = tokenizer_from_state(state)
-    elif disk.exists(given):
-        tokenizer = get_tokenizer(str(given), None)
-    else:
+    """The state of the tokenizer whose files are in a directory. None where there are none."""
+    tokenizer = tokenizer_in(directory)
+    if tokenizer is None:
         notes.append(f"there is no {JSON_NAME}: the checkpoint says `byte`, for want of the right one")
         return None
     if tokenizer.vocab_size > vocab_size:

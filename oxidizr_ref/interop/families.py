@@ -16,6 +16,8 @@ from typing import Any
 from oxidizr_ref.config import Config, ModelConfig
 from oxidizr_ref.errors import ConfigError, DataError
 
+#: What the world calls our dtypes.
+DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 #: The norms of DeepSeek's latents have this epsilon in transformers, whatever the others have. Ours have one for all.
 LATENT_EPS = 1e-6
 #: What a Mamba, which knows no longest sequence, gets as max_seq_len where its config.json says nothing.
@@ -319,7 +321,7 @@ def write_config(family: Family, m: ModelConfig) -> dict[str, Any]:
     data: dict[str, Any] = {theirs: getattr(m, ours) for theirs, ours in family.sizes.items()}
     data |= {"architectures": [family.architecture], "model_type": family.model_type, "use_cache": True}
     data |= {family.eps_key: m.rms_norm_eps, "tie_word_embeddings": m.tie_word_embeddings}
-    data |= {"max_position_embeddings": m.max_seq_len, "torch_dtype": _TORCH_DTYPES[m.dtype]}
+    data |= {"max_position_embeddings": m.max_seq_len, "torch_dtype": DTYPES[m.dtype]}
     data |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if not family.is_mamba:
         data |= {"num_key_value_heads": m.kv_heads, "rope_theta": m.rope_theta}
@@ -328,6 +330,3 @@ def write_config(family: Family, m: ModelConfig) -> dict[str, Any]:
     if family is DEEPSEEK_V2_DENSE:
         data["first_k_dense_replace"] = m.num_layers
     return data | {key: values[0] for key, values in _only(family, data).items() if values[0] is not None}
-
-
-_TORCH_DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}

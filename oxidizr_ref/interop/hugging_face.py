@@ -40,7 +40,6 @@ class Pretrained:
     weights: dict[str, HostArray]
     family: str
     notes: list[str] = field(default_factory=list)
-    tokenizer_json: Path | None = None
     source_digest: str = ""
 
 
@@ -72,15 +71,7 @@ def read_pretrained(directory: Path) -> Pretrained:
         for theirs in _fitting(family, config, arrays, directory)
         for name, view in theirs.ours.items()
     }
-    tokenizer = directory / JSON_NAME
-    return Pretrained(
-        config,
-        weights,
-        family.model_type,
-        notes,
-        tokenizer if disk.exists(tokenizer) else None,
-        weight_files.digest_of([path, *files]),
-    )
+    return Pretrained(config, weights, family.model_type, notes, weight_files.digest_of([path, *files]))
 
 
 def _same(a: HostArray | None, b: HostArray | None) -> bool:

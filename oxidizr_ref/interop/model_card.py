@@ -14,22 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from oxidizr_ref.config import ModelConfig
+from oxidizr_ref.interop.families import DTYPES
 from oxidizr_ref.interop.source import Source
 from oxidizr_ref.interop.tokenizer_files import STATE_FILE
 from oxidizr_ref.memory import model_parts
 from oxidizr_ref.tokenizer_libraries import JSON_NAME, SPLINTR_NAMES
 from oxidizr_ref.tokenizers import Tokenizer
 
-#: Licences that the hub knows by these names; any other one gets the header that it wants for others.
+#: Licences that the hub knows by these names (https://huggingface.co/docs/hub/repositories-licenses); any other one gets
+#: the header that it wants for others.
 HUB_LICENSES = (
     "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
-    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 "
-    "cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
-    "cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 "
-    "cdla-sharing-1.0 creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 "
-    "gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c "
-    "mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl "
-    "zlib"
+    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
+    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 "
+    "eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research "
+    "intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit "
+    "mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown "
+    "unlicense wtfpl zlib"
 )
 
 _SCHEDULES = {
@@ -38,8 +41,6 @@ _SCHEDULES = {
     "cosine": "cosine decay",
     "wsd": "warm up, stay, decay (WSD)",
 }
-#: What the world calls our dtypes.
-DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _TINY_LOSS = 50  # above it a perplexity says nothing
 
 
@@ -85,7 +86,7 @@ def _header(p: Packaged) -> Iterator[str]:
     elif p.license in HUB_LICENSES.split():
         yield f"license: {p.license}"
     else:
-        yield from ("license: other", f"license_name: {p.license}")
+        yield from ("license: other", f'license_name: "{p.license}"')  # or 1.0 were a number
     yield f"library_name: {'transformers' if p.family else 'oxidizr_ref'}"
     yield "pipeline_tag: text-generation"
     kinds = [p.family] if p.family else sorted({*p.model.layer_kinds} - {"attention"})

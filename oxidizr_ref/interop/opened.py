@@ -15,12 +15,12 @@ from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.checkpoint.store import CheckpointStore
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.errors import DataError, UsageError
+from oxidizr_ref.interop.families import DTYPES
 from oxidizr_ref.interop.hugging_face import read_pretrained
 from oxidizr_ref.interop.layouts import our_shapes
-from oxidizr_ref.interop.model_card import DTYPES
 from oxidizr_ref.interop.pack import OWN_TYPE
 from oxidizr_ref.interop.source import Source, choose
-from oxidizr_ref.interop.tokenizer_files import STATE_FILE
+from oxidizr_ref.interop.tokenizer_files import STATE_FILE, tokenizer_in
 from oxidizr_ref.interop.weight_files import digest_of, must_fit, read_directory, read_json
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.tokenizer_libraries import JSON_NAME, JsonTokenizer
@@ -115,22 +115,19 @@ def _of_package(path: Path) -> Opened:
     data, weights = read_json(path / "config.json"), dict[str, Array]()
     if data.get("model_type") == OWN_TYPE:
         config = _own_config(data, path)
-        weights |= read_directory(path)[0]
+        arrays, files = read_directory(path)
+        weights |= arrays
         must_fit(weights, our_shapes(config), path)
+        digest = digest_of([path / "config.json", *files])
     else:
         read = read_pretrained(path)
         config = read.config
         weights |= read.weights
-    tokenizer = _own_tokenizer_in(path)
-    lineage: list[dict[str, Any]] = [{"imported_from": {}}]
-    training = path / "training_config.json"
-    made = read_json(training) if tokenizer is not None and disk.exists(training) else {}
-    if tokenizer is not None:
-        lineage = made.get("lineage", [])
-    elif disk.exists(path / JSON_NAME):
-        tokenizer = JsonTokenizer.from_file(path / JSON_NAME)
-    files = sorted(file for file in path.iterdir() if file.name.endswith((".safetensors", "config.json")))
-    origin = [{"init_from": {"digest": digest_of(files)}}]
+        digest = read.source_digest
+    tokenizer, ours, training = tokenizer_in(path), disk.exists(path / STATE_FILE), path / "training_config.json"
+    made = read_json(training) if ours and disk.exists(training) else {}
+    lineage: list[dict[str, Any]] = made.get("lineage", []) if ours else [{"imported_from": {}}]
+    origin = [{"init_from": {"digest": digest}}]
     begin, ends = _begin(tokenizer, lineage), _ends(tokenizer, _ends_named_in(path))
     return Opened(config, weights, tokenizer, begin, ends, str(path), origin, _kept_apart(made.get("config", {})))
 
@@ -148,18 +145,6 @@ def _own_config(data: Mapping[str, Any], where: Path) -> ModelConfig:
         return ModelConfig.model_validate(keys | {"dtype": dtype})
     except ValueError as error:
         raise DataError(f"{where}: no model can be made of its config.json ({' '.join(str(error).split())})") from None
-
-
-def _own_tokenizer_in(directory: Path) -> Tokenizer | None:
-    if not disk.exists(directory / STATE_FILE):
-        return None
-    state = read_json(directory / STATE_FILE)
-    if state.get("name") == JSON_NAME:
-        state["json"] = disk.read(directory / JSON_NAME).decode()
-    try:
-        return tokenizer_from_state(state)
-    except DataError as error:
-        raise DataError(f"{directory / STATE_FILE}: {error}") from None
 
 
 # --- where texts begin and end ----------------------------------------------------------------------------------------

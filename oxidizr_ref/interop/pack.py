@@ -27,18 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from oxidizr_ref.backend import STORAGE_DTYPES
 from oxidizr_ref.checkpoint import disk
 from oxidizr_ref.config import Config, ModelConfig, canonical_json, with_younger_keys
-from oxidizr_ref.errors import CheckpointError, UsageError
+from oxidizr_ref.errors import UsageError
 from oxidizr_ref.interop.dotenv import setting
+from oxidizr_ref.interop.families import DTYPES
 from oxidizr_ref.interop.hugging_face import family_of, write_pretrained
 from oxidizr_ref.interop.loss_picture import loss_picture
-from oxidizr_ref.interop.model_card import DTYPES, Packaged, model_card
+from oxidizr_ref.interop.model_card import Packaged, model_card
 from oxidizr_ref.interop.source import Source
-from oxidizr_ref.interop.tokenizer_files import json_text, tokenizer_files
-from oxidizr_ref.interop.weight_files import write_directory
-from oxidizr_ref.optim import first_not_finite
+from oxidizr_ref.interop.tokenizer_files import tokenizer_files
+from oxidizr_ref.interop.weight_files import json_text, stored_as, write_directory
 from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 from oxidizr_ref.version import __version__
 
@@ -84,8 +83,8 @@ class Packed:
 def pack(source: Source, wishes: Wishes) -> Packed:
     """Write a package of a checkpoint.
 
-    Raises UsageError for wishes that cannot be met, CheckpointError when a weight has no place in ``dtype``, and OSError
-    when the disk refuses. Then nothing is left, and what stood under the name before still stands.
+    Raises UsageError for wishes that cannot be met, DataError when a weight has no place in ``dtype``, and OSError when
+    the disk refuses. Then nothing is left, and what stood under the name before still stands.
     """
     name, username, license_id = _names(source, wishes)
     output = wishes.output or Path("hf", str(username), name)
@@ -96,7 +95,7 @@ def pack(source: Source, wishes: Wishes) -> Packed:
     config = source.config.model.model_copy(update={"dtype": dtype, "name": name})
     family, repository = family_of(config), f"{username}/{name}" if username else name
     tokenizer = tokenizer_from_state(source.state.tokenizer)
-    weights = _converted(source, dtype)
+    weights = stored_as(source.state.weights, dtype)
     with _in_place_of(output) as directory:
         _write_weights(directory, config, weights, wishes.max_shard_bytes, tokenizer.end_of_text)
         _write_texts(directory, source, tokenizer, config)
@@ -146,18 +145,6 @@ def _must_be_free(output: Path, overwrite: bool) -> None:
     ours = output.is_dir() and not output.is_symlink() and disk.exists(output / _TRAINING_CONFIG)
     if not ours:
         raise UsageError(f"{output}: holds no {_TRAINING_CONFIG}, so it is not replaced; choose another --output")
-
-
-def _converted(source: Source, dtype: str) -> dict[str, HostArray]:
-    wanted = STORAGE_DTYPES[dtype]
-    with np.errstate(all="ignore"):  # what overflows is told below
-        weights = {
-            name: np.ascontiguousarray(array.astype(wanted, copy=False)) for name, array in source.state.weights.items()
-        }
-    bad = first_not_finite(weights)
-    if bad is not None:
-        raise CheckpointError(f"{source.path}: {bad} holds numbers that {dtype} does not; pack with --dtype bf16 or f32")
-    return weights
 
 
 def _write_weights(

@@ -7,60 +7,37 @@ A package is a directory with the weights (``model.safetensors``, or shards and 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
+from safetensors import safe_open
 
 from oxidizr_ref.checkpoint import disk, format
-from oxidizr_ref.checkpoint.header import DTYPES, Entry
+from oxidizr_ref.checkpoint.contents import numbers_of
+from oxidizr_ref.checkpoint.format import HostArray
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.config_yaml import read_yaml
-from oxidizr_ref.errors import CheckpointError, ConfigError, OxidizrError
+from oxidizr_ref.errors import CheckpointError, ConfigError, DataError, OxidizrError
 from oxidizr_ref.interop.layouts import expected_shapes, our_shapes
+from oxidizr_ref.interop.pack import OWN_TYPE
+from oxidizr_ref.interop.weight_files import INDEX, SINGLE, mapped, must_fit, once, safe_member, some, stays_inside
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Check: TypeAlias = Callable[[Path], object]  # raises CheckpointError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TRAINING_CONFIG, README = "config.json", "training_config.json", "README.md"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: Directories that other programs keep inside; the client of the hub leaves them out as well.
 NOT_PUBLISHED = frozenset({".git", ".cache"})
 
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
-_PIECE = 1 << 20  # numbers looked at together
-_SHOWN = 3  # tensors named in one problem
 _SECRET = re.compile(rb"(?<![A-Za-z0-9_])(?:hf|api_org)_[A-Za-z0-9]{20}")
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)---\r?(?:\n|$)", re.DOTALL)
 _PICTURE = re.compile(r"!\[[^]\n]*\]\(([^)\s]+)")
 _LEFT_OVER = re.compile(r".*(?:\.tmp|\.part|\.partial|\.incomplete|\.lock|~)")
-
-
-def safe_member(directory: Path, name: str) -> Path:
-    """The path of a file that a document inside ``directory`` names (such as a shard). It need not be there.
-
-    Raises CheckpointError for a name that could mean a file elsewhere: absolute, with ``..``, a backslash, a colon or
-    characters that cannot be printed, or a link that leads out of the directory.
-    """
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if any(part in ("", ".", "..") or "\\" in part or ":" in part or not part.isprintable() for part in parts):
-        raise CheckpointError(f"{directory}: the name {name!r} is refused; expected a plain path inside this directory")
-    path = directory.joinpath(*parts)
-    if not _stays_inside(path, directory):
-        raise CheckpointError(f"{directory}: {name} is a link that leads out of this directory; put the file itself there")
-    return path
-
-
-def _stays_inside(path: Path, directory: Path) -> bool:
-    try:
-        return path.resolve().is_relative_to(directory.resolve())
-    except (OSError, RuntimeError):  # links in a circle
-        return False
 
 
 def package_files(directory: Path) -> list[str]:
@@ -130,7 +107,7 @@ def _why_not(path: Path, directory: Path) -> str | None:
         return "what is hidden is no part of a package; remove it"
     if not str(inside).isprintable() or "\\" in name:
         return "a name with such characters cannot be published; rename it"
-    if not _stays_inside(path, directory):
+    if not stays_inside(path, directory):
         return "a link that leads out of the package; put the file itself there"
     if path.is_symlink() and path.is_dir():
         return "a link to a directory; put the files themselves there"
@@ -157,16 +134,9 @@ def _check_secrets(path: Path) -> None:
 def _load_json(path: Path) -> Any:
     """JSON that means the same to every reader: no key twice, no NaN. Raises CheckpointError."""
     try:
-        return json.loads(disk.read(path).decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        return json.loads(disk.read(path).decode(), object_pairs_hook=once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON ({error})") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a key is given twice")
-    return made
 
 
 def _no_constant(text: str) -> Any:
@@ -204,133 +174,75 @@ def _check_readme(path: Path) -> None:
 
 
 def _check_weights(directory: Path, names: set[str]) -> list[str]:
-    if INDEX in names and WEIGHTS in names:
-        return [f"{INDEX}: there is also {WEIGHTS}; one of them was left over: remove it"]
-    if INDEX not in names and WEIGHTS not in names:
-        return [f"{WEIGHTS}: missing (and there is no {INDEX})"]
+    if INDEX in names and SINGLE in names:
+        return [f"{INDEX}: there is also {SINGLE}; one of them was left over: remove it"]
+    if INDEX not in names and SINGLE not in names:
+        return [f"{SINGLE}: missing (and there is no {INDEX})"]
     weight_map: dict[str, str] = {}
     problems: list[str] = []
-    shards = [WEIGHTS]
+    shards = [SINGLE]
     if INDEX in names:
         try:
             weight_map, size = _read_index(directory)
         except CheckpointError as error:
             return [f"{INDEX}: {error}"]
         shards = sorted(set(weight_map.values()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    total = 0
+    arrays: dict[str, HostArray] = {}
     for shard in shards:
         if shard not in names:
             problems.append(f"{shard}: missing, though {INDEX} names it")
             continue
         try:
-            entries = _check_file(directory / shard)
-        except CheckpointError as error:
+            there = _check_file(directory / shard)
+        except (CheckpointError, DataError) as error:
             problems.append(f"{shard}: {str(error).removeprefix(f'{directory / shard}: ')}")
             continue
-        total += sum(entry.end - entry.begin for entry in entries)
-        if INDEX in names:
-            there, named = {entry.name for entry in entries}, {name for name in weight_map if weight_map[name] == shard}
-            problems += _differences(f"{shard}: unlike {INDEX}, it", named - there, there - named)
-        shapes |= {entry.name: entry.shape for entry in entries}
+        odd = sorted({name for name in weight_map if weight_map[name] == shard} ^ there.keys())
+        if odd and INDEX in names:
+            problems.append(f"{shard}: holds other tensors than {INDEX} says: {some(odd)}")
+        arrays |= there
     strays = sorted(name for name in names if name.endswith(".safetensors") and name not in shards)
-    problems += [f"{name}: neither {WEIGHTS} nor named by an index; remove it" for name in strays]
+    problems += [f"{name}: neither {SINGLE} nor named by an index; remove it" for name in strays]
     if problems:
         return problems
+    total = sum(array.nbytes for array in arrays.values())
     if INDEX in names and size != total:
         return [f"{INDEX}: its metadata.total_size is {size}, but the tensors take {total} bytes"]
-    return _check_config(directory, shapes) if CONFIG in names else []  # its absence was told
+    return _check_config(directory, arrays) if CONFIG in names else []  # its absence was told
 
 
 def _read_index(directory: Path) -> tuple[dict[str, str], Any]:
     """The shard of every tensor, and the size the index gives. Raises CheckpointError."""
     index = _read_json(directory / INDEX)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
+    weight_map: Any = index.get("weight_map")
+    metadata: Any = index.get("metadata")
+    whole = isinstance(weight_map, dict) and weight_map and isinstance(metadata, dict)
+    if not whole or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError("expected a weight_map (a shard for every tensor) and metadata")
-    for shard in sorted({str(name) for name in weight_map.values()}):
+    for shard in sorted(set(weight_map.values())):
         safe_member(directory, shard)
     return weight_map, metadata.get("total_size")
 
 
-def _check_file(path: Path) -> list[Entry]:
-    """The tensors of a weight file that is sound and all of whose numbers are finite. Raises CheckpointError."""
-    try:
-        with disk.reading(path) as descriptor:
-            entries, metadata = _read_header(descriptor)
-            if metadata.get("format") != "pt":
-                raise CheckpointError('its metadata lacks format: "pt", which other tools ask for')
-            bad = {entry.name: count for entry in entries if (count := _not_finite(descriptor, entry))}
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})") from None
+def _check_file(path: Path) -> dict[str, HostArray]:
+    """The tensors of a sound weight file whose numbers are all finite. Raises CheckpointError or DataError."""
+    arrays = mapped(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != "pt":
+        raise CheckpointError('its metadata lacks format: "pt", which other tools ask for')
+    bad = [f"{name} ({part.not_finite:,})" for name, part in numbers_of(arrays).items() if part.not_finite]
     if bad:
-        names = ", ".join(f"{name} ({count:,})" for name, count in list(bad.items())[:_SHOWN])
-        raise CheckpointError(f"numbers that are NaN or infinite in {len(bad)} tensors: {names}{_more(bad)}")
-    if "digests" in metadata:  # written by this package: every bit can be proved
+        raise CheckpointError(f"numbers that are NaN or infinite in {len(bad)} tensors: {some(bad)}")
+    if not metadata.keys().isdisjoint(("digests", "header_digest")):  # written by this package: every bit can be proved
         format.verify(path)
-    return entries
-
-
-def _read_header(descriptor: int) -> tuple[list[Entry], dict[str, str]]:
-    """Tensors (begin and end counted from the start of the file) and metadata of any safetensors file.
-
-    Source: the format's description (github.com/huggingface/safetensors). Raises CheckpointError.
-    """
-    size = disk.size(descriptor)
-    prefix = bytearray(8)
-    disk.read_at(descriptor, memoryview(prefix), 0)
-    length = int.from_bytes(prefix, "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-        raise CheckpointError(f"its first 8 bytes promise a header of {length} bytes, in a file of {size}: cut short?")
-    text = bytearray(length)
-    disk.read_at(descriptor, memoryview(text), 8)
-
-    try:
-        header = json.loads(bytes(text).decode(), object_pairs_hook=_once)
-        metadata = header.pop("__metadata__", {})
-        if any(not isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata are not all text")
-        entries = [_entry(name, described, 8 + length) for name, described in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"damaged: its header is malformed ({error})") from None
-    end = 8 + length
-    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
-        if entry.begin != end:
-            raise CheckpointError(f"damaged: a hole or an overlap before tensor {entry.name} (byte {end})")
-        end = entry.end
-    if end != size:
-        raise CheckpointError(f"damaged: its tensors end at byte {end}, the file at byte {size}")
-    return entries, metadata
-
-
-def _entry(name: str, described: dict[str, Any], start: int) -> Entry:
-    """One tensor of a header. Raises ValueError, TypeError or KeyError."""
-    shape, (begin, end) = tuple(described["shape"]), described["data_offsets"]
-    dtype = DTYPES.get(described["dtype"])
-    if dtype is None:
-        raise ValueError(f"tensor {name}: dtype {described['dtype']} is none of {', '.join(DTYPES)}")
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"tensor {name}: its shape and offsets are no counts")
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name}: shape and offsets disagree")
-    return Entry(name, dtype, shape, start + begin, start + end)
-
-
-def _not_finite(descriptor: int, entry: Entry) -> int:
-    """How many numbers of a tensor are NaN or infinite; a piece of them in memory at a time."""
-    count, step = 0, _PIECE * entry.dtype.itemsize
-    for begin in range(entry.begin, entry.end, step):
-        piece = bytearray(min(step, entry.end - begin))
-        disk.read_at(descriptor, memoryview(piece), begin)
-        numbers = np.frombuffer(piece, entry.dtype)
-        count += numbers.size - int(np.count_nonzero(np.isfinite(numbers)))
-    return count
+    return arrays
 
 
 # --- config and weights -----------------------------------------------------------------------------------------------
 
 
-def _check_config(directory: Path, shapes: Shapes) -> list[str]:
+def _check_config(directory: Path, arrays: Mapping[str, HostArray]) -> list[str]:
     """What of the weights is not as ``config.json`` has it."""
     try:
         config = _read_json(directory / CONFIG)
@@ -342,13 +254,11 @@ def _check_config(directory: Path, shapes: Shapes) -> list[str]:
         return [f"{CONFIG}: no model can be made of it ({' '.join(str(error).split())})"]
     if expected is None:
         return []
-    lacks, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
-    wrong = [name for name in sorted(expected.keys() & shapes.keys()) if tuple(expected[name]) != shapes[name]]
-    problems = _differences(f"{CONFIG}: unlike its model, the package", lacks, extra)
-    if wrong:
-        listed = ", ".join(f"{name} {list(shapes[name])} instead of {list(expected[name])}" for name in wrong[:_SHOWN])
-        problems.append(f"{CONFIG}: tensors of another shape than its model's: {listed}{_more(wrong)}")
-    return problems
+    try:
+        must_fit(arrays, expected, CONFIG)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _expected_shapes(config: dict[str, Any]) -> Shapes | None:
@@ -357,18 +267,6 @@ def _expected_shapes(config: dict[str, Any]) -> Shapes | None:
 
     Raises ValueError or one of our own errors when the config makes no model.
     """
-    if config.get("model_type") == "oxidizr_ref":
+    if config.get("model_type") == OWN_TYPE:
         return our_shapes(ModelConfig(**{key: value for key, value in config.items() if key in ModelConfig.model_fields}))
     return expected_shapes(config)
-
-
-def _differences(what: str, missing: set[str], extra: set[str]) -> list[str]:
-    return [
-        f"{what} {word} tensors {', '.join(sorted(names)[:_SHOWN])}{_more(names)}"
-        for word, names in (("lacks", missing), ("has", extra))
-        if names
-    ]
-
-
-def _more(names: Any) -> str:
-    return f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""

@@ -6,8 +6,8 @@ of files that bear their step's name: a backup may lie beside another run.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from oxidizr_ref.checkpoint.state import RunState, from_file
 from oxidizr_ref.checkpoint.store import CheckpointStore, check_name
 from oxidizr_ref.config import Config
 from oxidizr_ref.errors import CheckpointError, ConfigError, DamagedError, UsageError
+from oxidizr_ref.interop.weight_files import sha256_of
 
 _PUT_AWAY = ("superseded", "quarantine")
 
@@ -92,7 +93,7 @@ def records_of(directory: Path, last_step: int) -> list[dict[str, Any]]:
     for line in disk.read(path).splitlines() if disk.exists(path) else ():
         try:
             record = json.loads(line)
-            if record["step"] <= last_step:
+            if type(record["step"]) is int and record["step"] <= last_step:
                 found.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -108,7 +109,8 @@ def steps_and_losses(directory: Path) -> list[tuple[int, float | None, float | N
 
 
 def _by_step(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return sorted({record["step"]: float(record[key]) for record in records if key in record}.items())
+    logged = ((record["step"], record.get(key)) for record in records)
+    return sorted({step: loss for step, loss in logged if isinstance(loss, float) and math.isfinite(loss)}.items())
 
 
 def _newest_whole(files: list[Path]) -> Source:
@@ -161,7 +163,7 @@ def _read(path: Path) -> Source:
         path,
         replace(state, optimizer={}),
         file.metadata.get("numerics_version", "unknown"),
-        _sha256_of(path),
+        sha256_of(path),
         config.model_copy(update={"model": config.model.model_copy(update={"name": name})}),
         records_of(path.parent, state.step) if of_a_run else [],
     )
@@ -171,8 +173,3 @@ def _must_be_countable(state: RunState, path: Path) -> None:
     data: Mapping[str, Any] = state.data
     if type(data["tokens"]) is not int or type(data["digest"]) is not str or type(state.tokenizer["name"]) is not str:
         raise CheckpointError(f"{path}: does not say what data it was trained on; use an undamaged copy of the file")
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

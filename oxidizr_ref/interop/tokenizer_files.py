@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from oxidizr_ref.chat import ROLES
-from oxidizr_ref.tokenizer_libraries import JSON_NAME
-from oxidizr_ref.tokenizers import Tokenizer
+from oxidizr_ref.checkpoint import disk
+from oxidizr_ref.errors import DataError
+from oxidizr_ref.interop.weight_files import json_text, read_json
+from oxidizr_ref.tokenizer_libraries import JSON_NAME, JsonTokenizer
+from oxidizr_ref.tokenizers import Tokenizer, tokenizer_from_state
 
 #: The one file that every package has: `Tokenizer.state`, without what another file holds or must not be published.
 STATE_FILE = "oxidizr_tokenizer.json"
@@ -48,9 +52,21 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     return {JSON_NAME: made, "tokenizer_config.json": _tokenizer_config(tokenizer, max_length), STATE_FILE: state}
 
 
-def json_text(value: Any) -> str:
-    """How the JSON files of a package are written: in lines, in the order given, as UTF-8."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """The tokenizer whose files are in a directory: ours, or a tokenizer.json; None where there is neither.
+
+    Raises DataError naming the file that does not hold it.
+    """
+    own, given = directory / STATE_FILE, directory / JSON_NAME
+    if not disk.exists(own):
+        return JsonTokenizer.from_file(given) if disk.exists(given) else None
+    state = read_json(own)
+    try:
+        if state.get("name") == JSON_NAME:
+            state["json"] = disk.read(given).decode()
+        return tokenizer_from_state(state)
+    except (DataError, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{own}: {error}") from None
 
 
 def _made_for(tokenizer: Tokenizer, state: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,8 +17,7 @@ from oxidizr_ref.backend import STORAGE_DTYPES
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.header import DTYPES
 from oxidizr_ref.config import canonical_json
-from oxidizr_ref.errors import DataError
-from oxidizr_ref.interop.package_check import safe_member
+from oxidizr_ref.errors import CheckpointError, DataError
 
 HostArray = np.ndarray[Any, Any]
 
@@ -39,6 +38,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``object_pairs_hook``. Raises ValueError when a key is given twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def json_text(value: Any) -> str:
+    """How JSON files are written beside weights: in lines, in the order given, as UTF-8."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def mapped(path: Path) -> dict[str, HostArray]:
     """The tensors of any safetensors file, as read-only views of the file, by name.
 
@@ -50,10 +62,11 @@ def mapped(path: Path) -> dict[str, HostArray]:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last view is gone
         start = 8 + int.from_bytes(memory[:8], "little")
-        entries = {name: entry for name, entry in json.loads(memory[8:start]).items() if name != "__metadata__"}
+        header = json.loads(memory[8:start], object_pairs_hook=once)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         odd = [f"{name} ({entry['dtype']})" for name, entry in sorted(entries.items()) if entry["dtype"] not in _FLOATS]
         if odd:
-            raise DataError(f"{path}: {some(odd)}: only {', '.join(_FLOATS)} can be imported, not quantized weights")
+            raise DataError(f"{path}: {some(odd)}: only {', '.join(_FLOATS)} can be read, not quantized weights")
         return {name: _view(memory, start, entry) for name, entry in sorted(entries.items())}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -94,7 +107,41 @@ def narrowest(dtypes: Iterable[np.dtype[Any]]) -> str:
     return names[0] if len(names) == 1 else "f64" if "f64" in names else "f32"
 
 
+def stored_as(weights: Mapping[str, HostArray], dtype_name: str) -> dict[str, HostArray]:
+    """Weights rounded to nearest where they are of another dtype. Raises DataError for one that is too large for it."""
+    dtype, stored = STORAGE_DTYPES[dtype_name], {}
+    for name, array in weights.items():
+        with np.errstate(over="ignore"):
+            stored[name] = np.ascontiguousarray(array.astype(dtype, copy=False))
+        if array.dtype != dtype and not np.array_equal(np.isfinite(stored[name]), np.isfinite(array)):
+            raise DataError(f"{name} holds numbers that are too large for {dtype_name}; give another --dtype")
+    return stored
+
+
 # --- directories ------------------------------------------------------------------------------------------------------
+
+
+def safe_member(directory: Path, name: str) -> Path:
+    """The path of a file that a document inside ``directory`` names (such as a shard). It need not be there.
+
+    Raises CheckpointError for a name that could mean a file elsewhere: absolute, with ``..``, a backslash, a colon or
+    characters that cannot be printed, or a link that leads out of the directory.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\\" in part or ":" in part or not part.isprintable() for part in parts):
+        raise CheckpointError(f"{directory}: the name {name!r} is refused; expected a plain path inside this directory")
+    path = directory.joinpath(*parts)
+    if not stays_inside(path, directory):
+        raise CheckpointError(f"{directory}: {name} is a link that leads out of this directory; put the file itself there")
+    return path
+
+
+def stays_inside(path: Path, directory: Path) -> bool:
+    """Whether a path lies in a directory once its links are followed."""
+    try:
+        return path.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def read_directory(directory: Path) -> tuple[dict[str, HostArray], list[Path]]:
@@ -128,11 +175,14 @@ def read_directory(directory: Path) -> tuple[dict[str, HostArray], list[Path]]:
 
 def digest_of(files: Iterable[Path]) -> str:
     """SHA-256 of the canonical JSON of the files' own, by name."""
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {path.name: sha256_of(path) for path in files}
     return hashlib.sha256(canonical_json(digests).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_directory(
@@ -160,8 +210,3 @@ def write_directory(
         disk.replace(directory / INDEX, json_text(whole).encode())
         names.append(INDEX)
     return [directory / name for name in names]
-
-
-def json_text(data: Mapping[str, Any]) -> str:
-    """How JSON files are written beside weights: in lines, keys sorted."""
-    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
