@@ -338,6 +338,8 @@ def test_of_many_checkpoints_the_first_the_last_and_even_ones_between_are_drawn(
     run = open_run(finished.directory)
     assert chosen(run) == run.files
     assert [file.step for file in chosen(run, most=2)] == [2, 6]
+    many = replace(run, files=[StepFile(Path(), step, 1, None) for step in range(34)])
+    assert [file.step for file in chosen(many)] == [*range(0, 34, 3)]
 
 
 # --------------------------------------------------------------------------------------------------------------- samples

@@ -9,7 +9,7 @@ const charts = [], heats = [];
 // --- small things -----------------------------------------------------------------------------------------------------
 
 function element(tag, attributes = {}, text = "") {
-  const svg = ["svg", "path", "line", "text", "rect", "circle", "g", "title"].includes(tag);
+  const svg = ["svg", "path", "line", "text", "rect", "circle"].includes(tag);
   const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.textContent = text;
@@ -52,6 +52,16 @@ function ticks(low, high, about, logarithmic) {
   if (logarithmic && span >= 2) apart = Math.max(1, Math.ceil(apart));
   for (let i = Math.ceil(low / apart - 1e-9); i * apart <= high + 1e-9 * span; i++) found.push(i * apart);
   return found;
+}
+
+// Where steps stand in a picture so wide, and the step below a pointer that is over one.
+function placesIn(width) {
+  return step => LEFT + (step - view.low) / (view.high - view.low) * (width - LEFT - RIGHT);
+}
+
+function stepAt(picture, event) {
+  const box = picture.getBoundingClientRect(), inside = box.width - LEFT - RIGHT;
+  return view.low + Math.min(1, Math.max(0, (event.clientX - box.left - LEFT) / inside)) * (view.high - view.low);
 }
 
 for (const curves of data.runs.flatMap(run => [run.curves, ...run.branches]))
@@ -148,7 +158,7 @@ function toggleLog(chart) {
 function draw(chart) {
   const { svg, curves } = chart, width = Math.max(200, svg.clientWidth), height = chart === charts[0] ? FIRST_HEIGHT : HEIGHT;
   const scale = chart.logarithmic ? v => (v > 0 ? Math.log10(v) : NaN) : v => v;
-  const x = step => LEFT + (step - view.low) / (view.high - view.low) * (width - LEFT - RIGHT);
+  const x = placesIn(width);
   let low = Infinity, high = -Infinity;
   for (const curve of curves) {
     curve.begin = Math.max(0, lastUpTo(curve.xs, view.low));
@@ -267,17 +277,14 @@ function drawAll() {
 }
 
 function listen(chart) {
-  const { svg } = chart, stepAt = event => {
-    const box = svg.getBoundingClientRect(), inside = box.width - LEFT - RIGHT;
-    return view.low + Math.min(1, Math.max(0, (event.clientX - box.left - LEFT) / inside)) * (view.high - view.low);
-  };
+  const { svg } = chart;
   let from = null;
   svg.addEventListener("pointerdown", event => {
-    pointAt(stepAt(event));
+    pointAt(stepAt(svg, event));
     if (event.pointerType === "mouse" && !event.button) from = event.clientX; // a finger moves the cursor
   });
   svg.addEventListener("pointermove", event => {
-    pointAt(stepAt(event));
+    pointAt(stepAt(svg, event));
     if (from === null) return;
     const left = svg.getBoundingClientRect().left;
     chart.chosen.setAttribute("x", Math.min(from, event.clientX) - left);
@@ -285,7 +292,8 @@ function listen(chart) {
   });
   addEventListener("pointerup", event => {
     if (from === null) return;
-    const ends = [stepAt({ clientX: from }), stepAt(event)].sort((a, b) => a - b), wide = Math.abs(event.clientX - from) > 5;
+    const wide = Math.abs(event.clientX - from) > 5;
+    const ends = [{ clientX: from }, event].map(place => stepAt(svg, place)).sort((a, b) => a - b);
     from = null;
     if (wide) show(...ends); else chart.chosen.setAttribute("width", 0);
   });
@@ -294,7 +302,7 @@ function listen(chart) {
   svg.addEventListener("wheel", event => {
     if (!event.ctrlKey && !event.metaKey && document.activeElement !== svg) return; // else nobody could scroll past it
     event.preventDefault();
-    zoom(event.deltaY < 0 ? 0.8 : 1.25, stepAt(event));
+    zoom(event.deltaY < 0 ? 0.8 : 1.25, stepAt(svg, event));
   }, { passive: false });
   svg.addEventListener("keydown", event => onKey(event, chart));
 }

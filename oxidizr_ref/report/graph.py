@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from oxidizr_ref.autograd import Function, Tensor, consumers_first
 from oxidizr_ref.nn import Module
+from oxidizr_ref.report.text import shape_of
 
 _BOX, _ROW, _CHARACTER = 26, 56, 7.2  # pixels: height of a box, from row to row, width of a character
 
@@ -107,12 +108,12 @@ def draw_graph(loss: Tensor, names: Module | Mapping[str, Tensor] | None = None)
             if id(parent) not in numbers:
                 numbers[id(parent)] = len(order)
                 order.append(parent)
-            edges.append((numbers[id(parent)], numbers[id(node)], "×".join(map(str, shape)) or "scalar"))
+            edges.append((numbers[id(parent)], numbers[id(node)], shape_of(shape)))
     labels = (_leaf(node, called) if isinstance(node, Tensor) else type(node).__name__ for node in order)
     nodes = tuple((label, isinstance(node, Tensor)) for label, node in zip(labels, order, strict=True))
     return Graph(nodes, tuple(edges))
 
 
 def _leaf(tensor: Tensor, called: Mapping[int, str]) -> str:
-    shape = "×".join(map(str, tensor.shape)) or "scalar"
+    shape = shape_of(tensor.shape)
     return f"{called[id(tensor)]}\n{shape}" if id(tensor) in called else shape

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from oxidizr_ref.checkpoint import format
 from oxidizr_ref.report.run_directory import StepFile
 
-#: Numbers of a tensor that are looked at: of a larger one so many, at even distances.
+#: Numbers of a tensor that are looked at: of a larger one at most so many, at even distances.
 MOST_NUMBERS = 1 << 16
 BINS = 48
 _LARGEST = 1e150  # above it a number counts as infinite: its square is

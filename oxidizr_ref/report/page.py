@@ -131,7 +131,7 @@ _NOTHING_LOGGED = '<p class="note">Nothing was logged: there is no metrics.jsonl
 _HEAT_NOTE = """<p class="note">Each row is an expert; its share of the tokens: none
 <span class="scale"></span> twice an even one, or more.</p>"""
 _SPREAD_NOTE = """<p class="note">Each curve is a checkpoint, the newest in front. A checkpoint holds no gradients; its first
-moments (exp_avg) are a running mean of them, and stand in for them here. Of a tensor with more than 65,536 numbers as many
-are looked at, evenly spaced; the outermost bins also hold what lies beyond them.</p>"""
+moments (exp_avg) are a running mean of them, and stand in for them here. Of a larger tensor at most
+65,536 numbers are looked at, evenly spaced; the outermost bins also hold what lies beyond them.</p>"""
 _SAMPLES_NOTE = f"""<p class="note">Up to {SAMPLING.max_tokens} tokens from nothing but the token that begins documents, at
 temperature {SAMPLING.temperature} among the {SAMPLING.top_k} likeliest, each checkpoint with the same random numbers.</p>"""

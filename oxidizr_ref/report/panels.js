@@ -12,10 +12,7 @@ function makeHeats(place, run) {
     const load = unpacked(layer.load, Float32Array);
     canvas.setAttribute("aria-label", `Share of tokens of each of ${layer.experts} experts of ${layer.name} over the steps`);
     const heat = { canvas, text, begins, ends, load, experts: layer.experts, drawn: 0 };
-    canvas.addEventListener("pointermove", event => {
-      const box = canvas.getBoundingClientRect(), inside = box.width - LEFT - RIGHT;
-      pointAt(view.low + Math.min(1, Math.max(0, (event.clientX - box.left - LEFT) / inside)) * (view.high - view.low));
-    });
+    canvas.addEventListener("pointermove", event => pointAt(stepAt(canvas, event)));
     canvas.addEventListener("pointerleave", () => pointAt(null));
     return heat;
   });
@@ -29,7 +26,7 @@ function colourOf(ratio) {
 }
 
 function drawHeat(heat) {
-  const { canvas, begins, ends, load, experts } = heat, width = Math.max(200, canvas.clientWidth);
+  const { canvas, begins, load, experts } = heat, width = Math.max(200, canvas.clientWidth);
   const row = Math.max(4, Math.min(18, 160 / experts)), dots = window.devicePixelRatio || 1;
   [canvas.width, canvas.height] = [width * dots, row * experts * dots];
   canvas.style.height = `${row * experts}px`;
@@ -38,7 +35,7 @@ function drawHeat(heat) {
   pen.beginPath();
   pen.rect(LEFT, 0, width - LEFT - RIGHT, row * experts);
   pen.clip();
-  const x = step => LEFT + (step - view.low) / (view.high - view.low) * (width - LEFT - RIGHT);
+  const x = placesIn(width);
   heat.drawn = 0;
   for (let i = 0; i < begins.length; i++) { // a column reaches from its first step to that of the next one
     const from = x(i ? begins[i] : Math.min(view.low, begins[0])), to = i + 1 < begins.length ? x(begins[i + 1]) : width;
@@ -128,10 +125,7 @@ const controls = document.getElementById("controls");
 [view.low, view.high] = [first, last];
 if (controls) {
   charts.push(...data.charts.map(makeChart));
-  for (const place of document.querySelectorAll(".heat")) {
-    const run = data.runs[place.dataset.run];
-    if (run.experts) heats.push(...makeHeats(place, run));
-  }
+  for (const place of document.querySelectorAll(".heat")) heats.push(...makeHeats(place, data.runs[place.dataset.run]));
   const slider = document.getElementById("smoothing");
   slider.addEventListener("input", () => {
     view.smoothing = Number(slider.value);

@@ -25,7 +25,7 @@ from oxidizr_ref.config_keys import Section
 from oxidizr_ref.interop.model_card import layers_in_words
 from oxidizr_ref.model import AttentionLayer, LanguageModel, MambaLayer
 from oxidizr_ref.nn import Parameter
-from oxidizr_ref.report.text import short, shown, size_of, table, value
+from oxidizr_ref.report.text import shape_of, short, shown, size_of, table, value
 
 _ROWS, _COLUMNS = 24, 96  # of a heat strip, at most
 _BELOW, _ZERO, _ABOVE = np.array([24, 66, 140]), np.array([190, 196, 204]), np.array([217, 72, 15])
@@ -45,7 +45,7 @@ def html(thing: Any) -> str:
 def _(tensor: Tensor) -> str:
     shape = tensor.full_shape if isinstance(tensor, Parameter) else tensor.shape
     what = type(tensor).__name__
-    facts = [f"<b>{what}</b> {_shape(shape)}", str(tensor.dtype)]
+    facts = [f"<b>{what}</b> {shape_of(shape)}", str(tensor.dtype)]
     facts += ["requires grad"] if tensor.requires_grad else []
     facts += [f"from {type(tensor.node).__name__.strip('_')}"] if tensor.node is not None else []
     if tensor.shape != shape:
@@ -54,10 +54,6 @@ def _(tensor: Tensor) -> str:
     heat = f"<div>{_heat(values)}</div>" if 1 <= values.ndim <= 2 and values.size > 1 else ""
     grad = f"<div>gradient: {_statistics(to_host(tensor.grad))}</div>" if tensor.grad is not None else ""
     return f"<div>{', '.join(facts)}</div><div>{_statistics(values)}</div>{heat}{grad}"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def _statistics(array: NDArray[Any]) -> str:
@@ -90,7 +86,7 @@ def _heat(array: NDArray[Any]) -> str:
     pixels = _ZERO + np.abs(part) * (np.where(part < 0, _BELOW, _ABOVE) - _ZERO)
     pixels[~finite] = 0
     source = base64.b64encode(_png(pixels.round().astype(np.uint8))).decode("ascii")
-    height, width = (count * max(4, 240 // most) for count, most in zip(values.shape, (2 * _ROWS, _COLUMNS), strict=True))
+    height, width = 5 * values.shape[0], 4 * values.shape[1]
     style = f"width:{width}px;height:{height}px;max-width:100%;image-rendering:pixelated"
     return f'<img alt="heat map, up to {short(float(top))}" style="{style}" src="data:image/png;base64,{source}"/>'
 
@@ -159,7 +155,7 @@ def _(checkpoint: Checkpoint) -> str:
         ends = [short(end) for end in (found.smallest, found.largest) if end is not None]
         numbers = " to ".join(ends) + (f", {found.not_finite:,} not finite" if found.not_finite else "")
         dtype = DTYPE_NAMES.get(array.dtype, str(array.dtype))
-        rows.append([f"<code>{shown(name)}</code>", _shape(array.shape), dtype, size_of(array.nbytes), numbers])
+        rows.append([f"<code>{shown(name)}</code>", shape_of(array.shape), dtype, size_of(array.nbytes), numbers])
     whole = f"{len(names):,} tensors, {size_of(sum(array.nbytes for array in checkpoint.tensors.values()))}"
     more = f"<div>and {len(names) - len(rows):,} more</div>" if len(rows) < len(names) else ""
     tensors = table(["tensor", "shape", "dtype", "size", "numbers"], rows) + more

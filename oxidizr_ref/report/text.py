@@ -8,6 +8,7 @@ import unicodedata
 from typing import Any
 
 _PICTURES = 0x2400  # of control characters: U+0009 is shown as U+2409
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def visible(text: str, lines: bool = False) -> str:
@@ -41,13 +42,16 @@ def short(number: float, digits: int = 4) -> str:
 
 
 def size_of(count: int) -> str:
-    """A number of bytes: ``640 B``, ``16.6 kB``, in powers of 1000."""
-    scaled, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if scaled < 999.5:
-            break
-        scaled, unit = scaled / 1000, larger
-    return f"{count} B" if unit == "B" else f"{scaled:.3g} {unit}"
+    """A number of bytes: ``640 B``, ``16.6 kB``, ``1.2 GB``, in powers of 1000."""
+    scaled, power = float(count), 0
+    while scaled >= 999.5 and power + 1 < len(_UNITS):
+        scaled, power = scaled / 1000, power + 1
+    return f"{scaled:.3g} {_UNITS[power]}" if power else f"{count} B"
+
+
+def shape_of(shape: tuple[int, ...]) -> str:
+    """``3×4``; of no axes ``scalar``."""
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def table(head: list[str], rows: list[list[str]], name: str = "") -> str:

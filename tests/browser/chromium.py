@@ -152,12 +152,6 @@ class Chromium:
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
-    def picture(self, path: Path, whole: bool = True) -> Path:
-        """A screenshot, of the whole page or of the window, as PNG."""
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
-        return path
-
     def print(self, path: Path) -> Path:
         """The page as it is printed, as PDF."""
         path.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=False)["data"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def steps_shown(browser: chromium.Chromium) -> list[float]:
 
 def test_ten_thousand_steps_open_in_less_than_two_seconds(browser: chromium.Chromium, page: Path) -> None:
     assert min(browser.open(page) for _ in range(2)) < 2.0
+    assert browser.ask("charts.every(chart => chart.drawn > 100)")
 
 
 def test_every_chart_has_its_curve_a_few_points_a_pixel_and_all_values_behind_it(
@@ -153,6 +155,21 @@ def test_hovering_shows_the_values_at_the_nearest_step_in_all_charts(browser: ch
     assert "0: " in browser.ask("document.querySelector('.heat p').textContent")
     browser.mouse("move", 2, 2)
     assert browser.ask("view.cursor") is None and legends(browser) == before
+
+
+def test_pointing_at_a_heat_map_moves_the_cursor_and_its_colours_are_those_of_the_shares(
+    browser: chromium.Chromium, page: Path
+) -> None:
+    browser.open(page)
+    left, right, y = browser.ask(
+        "(() => { const heat = heats[0].canvas; heat.scrollIntoView({block: 'center'}); const b = "
+        "heat.getBoundingClientRect(); return [b.left + LEFT, b.right - RIGHT, b.top + b.height / 2]; })()"
+    )
+    browser.mouse("move", left + 0.25 * (right - left), y)
+    assert browser.ask("view.cursor") == pytest.approx(STEPS / 4, abs=20)
+    assert browser.ask("charts.every(chart => chart.line.getAttribute('visibility') === 'visible')")
+    heat = "(({canvas: c}) => [...c.getContext('2d').getImageData(c.width / 2, c.height * 0.6, 1, 1).data])(heats[0])"
+    assert browser.ask(heat) == [190, 196, 204, 255]  # the third expert's share is an even one
 
 
 def test_dragging_zooms_all_charts_and_a_double_click_shows_all(browser: chromium.Chromium, page: Path) -> None:
@@ -263,6 +280,7 @@ def test_nothing_is_wider_than_the_window(
     browser.dark(dark)
     browser.open(trained)
     assert browser.ask("document.documentElement.scrollWidth") == width
+    assert browser.ask("charts.every(chart => chart.drawn) && document.querySelectorAll('.ridge').length") > 0
     shade = browser.ask("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(shade) < 60) == dark and (min(shade) > 200) != dark
 
@@ -286,6 +304,15 @@ def test_hostile_text_stays_text(browser: chromium.Chromium, tmp_path: Path) -> 
     assert browser.ask("charts.some(chart => chart.title.includes('</script>'))")
 
 
-def test_it_prints(browser: chromium.Chromium, trained: Path, tmp_path: Path) -> None:
+def test_it_prints_its_charts_on_white_without_their_controls(
+    browser: chromium.Chromium, trained: Path, tmp_path: Path
+) -> None:
+    browser.dark(True)
     browser.open(trained)
-    assert browser.print(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    pages = re.findall(rb"/Type\s*/Page\b", browser.print(tmp_path / "page.pdf").read_bytes())
+    assert len(pages) > 2
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.ask("getComputedStyle(document.getElementById('controls')).display") == "none"
+    assert browser.ask("charts.every(chart => chart.svg.getBoundingClientRect().height > 50)")
+    browser.send("Emulation.setEmulatedMedia", media="")
