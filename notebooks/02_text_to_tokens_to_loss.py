@@ -501,6 +501,7 @@ print("softmax minus one-hot:", np.round(z.grad, 4))
 # ```python
 # chat = tokenizer.encode(text[text.index("<|user|>") :].split("\n")[0]).astype(np.int64)[None]
 # marked = np.where(answers, chat[:, 1:], -100)  # answers: bool, which targets are learned
+# assert tokenizer.decode(chat[:, 1:][answers]) == "It becomes a butterfly or a moth.<|endoftext|>"
 # assert abs(answers_only - model.loss(chat[:, :-1], marked).item()) < 1e-5
 # ```
 
@@ -511,6 +512,7 @@ answers = np.arange(1, chat.shape[1])[None] > begin
 marked = np.where(answers, chat[:, 1:], -100)
 each = cross_entropy(model(chat[:, :-1]).data, chat[:, 1:])
 answers_only = each[answers].mean()
+assert tokenizer.decode(chat[:, 1:][answers]) == "It becomes a butterfly or a moth.<|endoftext|>"
 assert abs(answers_only - model.loss(chat[:, :-1], marked).item()) < 1e-5
 print(f"{answers.sum()} of {answers.size} targets are the answer {tokenizer.decode(chat[0, begin + 1 :])!r}")
 

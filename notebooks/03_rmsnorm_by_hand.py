@@ -506,7 +506,7 @@ def sum_of_squares(size):
 
 
 assert np.isfinite(sum_of_squares(0.95 * limit)) and np.isinf(sum_of_squares(1.05 * limit))
-print(f"a root mean square of {limit:.1f} is already too much; the package computes in float32, whatever is stored")
+print(f"a root mean square of {limit:.1f} is already too much; the package computes in float32 what it stores in float16")
 
 # %% [markdown]
 # ## Where to read on

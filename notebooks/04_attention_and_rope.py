@@ -309,9 +309,9 @@ plt.show()
 #
 # ### Angles need their digits
 #
-# At position 100,000 the fastest pair has turned by 100,000 radians. A float32 number of that size has steps of 0.008, so
-# an angle computed in float32 is wrong by that much, and the promise *distance is all* breaks. The package computes its
-# tables of cosines in float64, and rounds only those:
+# At position 100,000 the fast pairs have turned by tens of thousands of radians. A float32 number of that size has steps of
+# 0.004 to 0.008, so an angle computed in float32 is wrong by thousandths, and the promise *distance is all* breaks. The
+# package computes its tables of cosines in float64, and rounds only those:
 
 # %%
 far = 100_000

@@ -17,7 +17,7 @@
 #
 # After this you can
 #
-# - write the forward pass of a Llama-like language model, from token ids to a loss, in about sixty lines;
+# - write the forward pass of a Llama-like language model, from token ids to a loss, in about forty lines;
 # - say the shape of every array on the way, and count the parameters without a computer;
 # - check one implementation against another: logits, loss, every gradient, and several updates;
 # - train it on a text, know which numbers to compare its loss with, and let it write.
@@ -60,8 +60,8 @@ from oxidizr_ref.tokenizers import ByteTokenizer
 # $$
 #
 # The two middle lines are repeated for each of the layers. That the norm stands *inside* the sum ("pre-norm") keeps a
-# path from the loss to the embedding on which nothing is ever multiplied: the gradient of $h$ passes through all layers
-# unharmed.
+# path from the last $h$ to the embedding on which nothing is ever multiplied: the gradient of $h$ passes through all
+# layers unharmed.
 #
 # Letters, here and in the package: $B$ sequences, $T$ time (positions), $D$ width of the stream, $H$ heads of queries,
 # $K$ heads of keys and values, $P = D/H$ width of a head, $F$ width inside the feed-forward, $V$ vocabulary.

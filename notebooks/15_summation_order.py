@@ -450,9 +450,9 @@ for name, count in held.items():
     print(f"{name:36s} {count:2d} of 40")
 
 # %% [markdown]
-# "Row by row" is nearly always another routine (a matrix times a vector); "halves" looks as if it could be relied on. But
-# BLAS has a kernel of its own for each class of processors. OpenBLAS can be told to use another one, here that for
-# processors without AVX-512:
+# "Row by row" is nearly always another routine (a matrix times a vector); "halves" holds for most shapes, as if it could be
+# relied on. But BLAS has a kernel of its own for each class of processors. OpenBLAS can be told to use another one, here
+# that for processors without AVX-512:
 
 # %% tags=["varies"]
 program = """
@@ -527,8 +527,8 @@ print(
 # (Measured while other things may run on this machine.) The tiles' own sums are NumPy's and as fast as those; waking a
 # second thread costs some 60 µs, so tiles must be large enough
 # ([record](../docs/decisions/2026-11-23-tiles-and-threads.md)). A whole training step with all its orders fixed takes less
-# time than PyTorch's on the same cores ([measured](../docs/performance.md)). Not being able to tell a bug from a reordered
-# sum costs days.
+# time than that of PyTorch's eager mode on the same cores ([measured](../docs/performance.md)). Not being able to tell a
+# bug from a reordered sum costs days.
 #
 # ## Exercises
 #

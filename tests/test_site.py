@@ -193,7 +193,7 @@ def test_the_page_of_error_messages_is_what_its_script_reads_from_the_source():
 _MADE_OF_OTHERS = [
     "config.py",  # all problems of a config, a line each
     *("interop/conversion.py", "interop/hugging_face.py"),  # why a model has no layout of Hugging Face's: docs/convert.md
-    *("interop/opened.py", "interop/opened.py", "interop/package_check.py", "tokenizer_libraries.py"),
+    *("interop/opened.py", "interop/package_check.py", "interop/tokenizer_files.py", "tokenizer_libraries.py"),
     *("trace/mapping.py", "trace/mapping.py"),
 ]
 

@@ -1,7 +1,7 @@
 """Builds the site into docs/_build/html, with warnings as errors: ``python docs/scripts/build_site.py``.
 
-Needs ``pip install -e ".[docs]"``. With ``--serve`` it is shown at an address of this machine: in some browsers a page from
-the disk may not read what its search needs.
+Needs ``pip install -e ".[test,docs]"``. With ``--serve`` it is shown at an address of this machine: in some browsers a page
+from the disk may not read what its search needs.
 """
 
 from __future__ import annotations

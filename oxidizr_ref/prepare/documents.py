@@ -72,7 +72,7 @@ class Reader:
 
     def _decoded(self, source: Source, blocks: Iterable[bytes]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace" if self.replace else "strict")
-        offset, line = 0, 1
+        offset, line, begun = 0, 1, False
         for block in _and_the_end(blocks):
             if (at := block.find(b"\0")) >= 0:
                 advice = "it looks binary, or is UTF-16; give text in UTF-8"
@@ -88,8 +88,8 @@ class Reader:
                 self.replaced += bad
                 if bad > _FEW_BAD + _MOST_BAD * len(text):
                     raise _looks_binary(source)
-            if offset == 0:
-                text = text.removeprefix(_BOM)
+            if not begun:  # the first block may be as short as half a character
+                begun, text = bool(text), text.removeprefix(_BOM)
             offset += len(block)
             line += text.count("\n")
             yield text
@@ -121,10 +121,13 @@ class Reader:
         yield Piece(rest, True, first, True)
 
     def _place_to_cut(self, text: str) -> int:
-        """Behind the last line end within `PIECE` that stands between two signs; else between two words, else anywhere."""
+        """Behind the last line end within `PIECE` that stands between two signs; else between two words, else anywhere.
+
+        The sign behind is no ``/``: o200k_base has tokens such as ``;\\n//``.
+        """
         at = text.rfind("\n", 1, PIECE)
         while at > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
+            if not text[at - 1].isspace() and not text[at + 1].isspace() and text[at + 1] != "/":
                 return at + 1
             at = text.rfind("\n", 1, at)
         for match in reversed(list(_BETWEEN_WORDS.finditer(text, PIECE - _NEAR, PIECE))):
@@ -162,7 +165,9 @@ class Reader:
             given = [("user", "prompt"), ("assistant", "response")]
             messages = [Message(role, self._string(place, line, entry, key)) for role, key in given]
         last = messages[-1]
-        parts = chat_parts([*messages[:-1], last._replace(content=self._without_end(last.content))])
+        content = self._without_end(last.content)
+        self.ends_seen |= content != last.content
+        parts = chat_parts([*messages[:-1], last._replace(content=content)])
         for i, (text, response) in enumerate(parts):
             yield Piece(text, response, i == 0, i == len(parts) - 1)
 
