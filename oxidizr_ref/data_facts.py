@@ -33,9 +33,9 @@ def remembered(files: Sequence[Path], find_out: Callable[[], Facts]) -> Facts:
     """The facts about the stream these files make in this order: from the cache, or found out and remembered."""
     try:
         identity, newest = _identity(files)
-    except OSError:
+        place = cache_directory() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    except (OSError, RuntimeError):  # no such file; or a user without a home
         return find_out()
-    place = cache_directory() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     known = _read(place, identity)
     if known is not None:
         return known
@@ -47,7 +47,10 @@ def remembered(files: Sequence[Path], find_out: Callable[[], Facts]) -> Facts:
 
 
 def cache_directory() -> Path:
-    """``oxidizr_ref`` where this system keeps caches; the environment variable XDG_CACHE_HOME moves it."""
+    """``oxidizr_ref`` where this system keeps caches; the environment variable XDG_CACHE_HOME moves it.
+
+    Raises RuntimeError where nothing says what the user's home is.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(base) if base else Path.home() / ".cache") / "oxidizr_ref"
 

@@ -64,7 +64,7 @@ class Generation:
         self._occurred = np.zeros((len(ids), vocabulary), dtype=np.bool_)
         for row, prompt in zip(self._occurred, ids, strict=True):
             row[prompt] = True
-        self._draws = [rng.uniform(sampling.seed, "sample", _stream(b), 0, count) for b in range(len(prompts))]
+        self._draws = [np.empty(0)] * len(ids)  # the random numbers of each sequence, as many as it has needed so far
         self._active = list(range(len(prompts))) if count else []
         for sequence in self.sequences:
             sequence.finish = None if count else "length"
@@ -89,7 +89,7 @@ class Generation:
             if self._position < len(sequence.prompt):
                 chosen[row] = sequence.prompt[self._position]
                 continue
-            chosen[row] = self._draw(index, logits[row, : self.below].astype(np.float64))
+            chosen[row] = self._draw(index, logits[row].astype(np.float64))
             if sequence.finish != "stop":
                 given.append(index)
         self._next = chosen
@@ -98,8 +98,8 @@ class Generation:
 
     def _draw(self, index: int, logits: NDArray[np.float64]) -> int:
         sequence, sampling, occurred = self.sequences[index], self.sampling, self._occurred[index]
-        draw = float(self._draws[index][len(sequence.tokens)])
-        token = choose(logits, np.flatnonzero(occurred[: logits.size]), sampling, draw)
+        draw = self._random_number(index, len(sequence.tokens))
+        token = choose(logits[: self.below], np.flatnonzero(occurred[: self.below]), sampling, draw)
         if token in sequence.ends:
             sequence.finish = "stop"
             return token
@@ -110,6 +110,12 @@ class Generation:
         if len(sequence.tokens) == sampling.max_tokens:
             sequence.finish = "length"
         return token
+
+    def _random_number(self, index: int, token: int) -> float:
+        """Number ``token`` of a sequence's stream. Twice as many are made each time: ``max_tokens`` may be without end."""
+        if token == self._draws[index].size:
+            self._draws[index] = rng.uniform(self.sampling.seed, "sample", _stream(index), 0, max(64, 2 * token))
+        return float(self._draws[index][token])
 
     def _logits(self) -> NDArray[Any]:
         """Those of the next token of every sequence that goes on, ``[rows,V]``, on the host."""

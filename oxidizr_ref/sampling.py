@@ -73,12 +73,14 @@ def candidates(
     if sampling.temperature == 0:
         return np.array([np.argmax(logits)]), np.array([1.0])
     tokens = _largest(logits, sampling.top_k or logits.size)
-    weights = np.exp((logits[tokens] - logits.max()) / sampling.temperature)
+    with np.errstate(over="ignore"):  # at a temperature near 0, tokens behind the likeliest weigh nothing
+        weights = np.exp((logits[tokens] - logits.max()) / sampling.temperature)
     if sampling.top_p < 1:
         shares = np.cumsum(np.sort(weights)[::-1]) / weights.sum()
         kept = _largest(weights, 1 + int(np.searchsorted(shares, sampling.top_p)))
         tokens, weights = tokens[kept], weights[kept]
-    return tokens, np.where(weights >= sampling.min_p, weights, 0.0)  # the likeliest weighs 1
+    likely = weights >= sampling.min_p  # the likeliest weighs 1
+    return tokens[likely], weights[likely]
 
 
 def _largest(v: NDArray[np.float64], k: int) -> NDArray[np.int64]:

@@ -7,8 +7,7 @@ All numbers are raw and little-endian, without a header::
                         later document the end-of-text token before it, which closes one document as a target and opens the
                         next as an input (its first token, where the tokenizer has no end-of-text token)
     NAME.responses.u64  pairs (begin, end), ascending, not overlapping: the tokens ``begin … end-1`` are to be learnt, as
-                        targets. Absent where
-                        no document has a prompt
+                        targets. Absent where no document has a prompt
     NAME.meta.json      what all of these are: `Meta`
 
 Only NAME.bin must be there: any program can make one.

@@ -59,7 +59,7 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], int]:
         elif path.exists():
             found.append(_source(path))
         elif matches := sorted(glob.glob(argument, recursive=True)):
-            usable = [match for match in matches if os.path.isdir(match) or _is_known(Path(match))]
+            usable = [match for match in matches if os.path.isdir(match) or is_known(Path(match))]
             inside, others = find_sources(usable)
             found += _usable(argument, inside)
             skipped += others + len(matches) - len(usable)
@@ -78,7 +78,7 @@ def _usable(argument: str, sources: Iterable[Source]) -> list[Source]:
 
 def _below(directory: Path) -> tuple[list[Path], int]:
     files = [Path(place, name) for place, _, names in os.walk(directory, onerror=_raise) for name in names]
-    known = sorted((path for path in files if _is_known(path)), key=lambda path: path.parts)
+    known = sorted((path for path in files if is_known(path)), key=lambda path: path.parts)
     return known, len(files) - len(known)
 
 
@@ -86,7 +86,8 @@ def _raise(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
 
 
-def _is_known(path: Path) -> bool:
+def is_known(path: Path) -> bool:
+    """Whether the ending of a name says that it is text or JSON lines."""
     return Source(str(path)).suffix in TEXT + JSONL
 
 
@@ -101,6 +102,8 @@ def read_blocks(source: Source, advanced: Callable[[int], None]) -> Iterator[byt
 
     Raises DataError naming the source for what cannot be read or decompressed, and where zstandard is missing.
     """
+    if source.is_stdin and sys.stdin is None:
+        raise DataError(f"{STDIN}: standard input is closed; give a file, or a text on standard input")
     try:
         if source.is_stdin:
             yield from _counted(sys.stdin.buffer, _BLOCK, advanced)
