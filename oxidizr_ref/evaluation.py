@@ -112,8 +112,9 @@ def joined(parts: Iterable[Scores]) -> Scores:
 def _of_tokens(model: LanguageModel, batch: Batch, there: NDArray[np.int64]) -> tuple[Any, Any]:
     """Losses and ranks at these places of a batch."""
     targets, vocabulary = batch.targets.reshape(-1)[there], model.config.vocab_size
-    if targets.size and targets.max() >= vocabulary:
-        raise DataError(f"token id {targets.max()} is not below the model's vocabulary of {vocabulary}; use its tokenizer")
+    largest = max(batch.tokens.max(), batch.targets.max())
+    if largest >= vocabulary:
+        raise DataError(f"token id {largest} is not below the model's vocabulary of {vocabulary}; use its tokenizer")
     losses, ranks = np.empty(targets.size), np.empty(targets.size, dtype=np.int64)
     with no_grad():
         h = model.hidden(batch.tokens, begins=batch.begins)
@@ -133,7 +134,8 @@ def _of_tokens(model: LanguageModel, batch: Batch, there: NDArray[np.int64]) -> 
 
 def text_bytes(stream: TokenStream, tokenizer: Tokenizer) -> int:
     """How many bytes of UTF-8 the predicted tokens of a stream (all but the first) are. Special tokens are none."""
-    special = np.array(list(tokenizer.special_tokens.values()), dtype=np.uint32)
+    # A tokenizer.json may have runs of white space among the tokens it adds: they are text.
+    special = np.array([i for token, i in tokenizer.special_tokens.items() if not token.isspace()], dtype=np.uint32)
     total, low = 0, 1
     while low < len(stream):
         high = min(low + _PART, len(stream))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from oxidizr_ref.tokenizers import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 4  # bytes, in UTF-8: longer broken ends will not become whole
+_LONGEST_CHARACTER = 4  # bytes, in UTF-8: of a broken end, fewer signs than these can still become a character
 _CONTEXT = 8  # tokens of the prompt that the first new one is decoded with
 
 
@@ -23,8 +23,9 @@ class TextStream:
         self.text, self.stopped = "", False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._ids = [int(token) for token in prompt[-_CONTEXT:]]
-        # Ids from _context on are decoded together; those before _given were given out.
-        self._context, self._given = 0, len(self._ids)
+        # Ids from _context on are decoded together. The text of those before _whole was given out, and behind it so many
+        # characters as _beyond says.
+        self._context, self._whole, self._beyond = 0, len(self._ids), 0
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -32,21 +33,26 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        piece = self._new_text()
-        if piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER:
-            return ""
-        self._context, self._given = self._given, len(self._ids)
-        return self._give(self._held + piece, end=False)
+        return self._give(self._held + self._new_text(end=False), end=False)
 
     def close(self) -> str:
         """What was held back, at the end of the sequence."""
-        piece = "" if self.stopped else self._new_text()
-        self._given = len(self._ids)
+        piece = "" if self.stopped else self._new_text(end=True)
         return self._give(self._held + piece, end=True)
 
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._context : self._given])
-        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+    def _new_text(self, end: bool) -> str:
+        """What is certain now, but for stop texts: all of it where it ends with a whole character."""
+        before = self._tokenizer.decode(self._ids[self._context : self._whole])
+        text = self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+        broken = 0 if end else len(text) - len(text.rstrip(_BROKEN))
+        if broken and len(self._ids) - self._whole < _LONGEST_CHARACTER:
+            return ""
+        certain = len(text) - min(broken, _LONGEST_CHARACTER - 1)
+        piece = text[self._beyond : certain]
+        self._beyond = max(self._beyond, certain)
+        if not broken:
+            self._context, self._whole, self._beyond = self._whole, len(self._ids), 0
+        return piece
 
     def _give(self, text: str, end: bool) -> str:
         met = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]

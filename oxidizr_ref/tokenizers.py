@@ -173,7 +173,10 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
     name = str(state.get("name"))
     tokenizer: Tokenizer
     if name == "char":
-        tokenizer = CharTokenizer(state.get("vocabulary", ()))
+        vocabulary = state.get("vocabulary")
+        if not isinstance(vocabulary, list) or not all(isinstance(entry, str) for entry in vocabulary):
+            vocabulary = []
+        tokenizer = CharTokenizer(vocabulary)
     elif name == JSON_NAME:
         tokenizer = JsonTokenizer(str(state.get("json")))
     else:

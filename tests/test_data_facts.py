@@ -107,6 +107,17 @@ def test_a_missing_file_is_left_to_whoever_reads_it(tmp_path: Path) -> None:
     assert data_facts.remembered([tmp_path / "absent.bin"], Counted()).largest == 7
 
 
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    file, counted = old_file(tmp_path / "a.bin"), Counted()
+    assert data_facts.remembered([file], counted) == data_facts.remembered([file], counted) == counted.facts
+    assert counted.calls == 2
+
+
 def test_a_run_reads_a_bin_file_whole_once_and_its_checkpoints_do_not_show_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from oxidizr_ref.data import Source, TokenStream
 from oxidizr_ref.data_marks import Marks
 from oxidizr_ref.errors import DataError, TrainingError
 from oxidizr_ref.evaluation import Scores, difference, joined, mean_loss, scores, text_bytes, whole_windows
+from oxidizr_ref.tokenizer_libraries import JsonTokenizer
 from oxidizr_ref.tokenizers import ByteTokenizer, get_tokenizer
 
 VOCAB = architectures.VOCAB
@@ -111,6 +112,17 @@ def test_bytes_are_those_of_the_predicted_text_without_special_tokens(monkeypatc
     cut = other.encode("x 🦀🦀日本🦀語 text")
     expected = len(other.decode(cut[1:]).encode())
     assert text_bytes(TokenStream([Source("x", cut)]), other) == expected
+
+
+def test_white_space_that_a_tokenizer_adds_is_text() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.decoder = tokenizers.decoders.Fuse()
+    core.train_from_iterator(["ab"], tokenizers.trainers.BpeTrainer(special_tokens=["<eos>"], show_progress=False))
+    core.add_tokens(["    "])  # as GPT-NeoX's does, with which Mambas read
+    tokenizer = JsonTokenizer(core.to_str())
+    tokens = tokenizer.encode("ab    ab<eos>")
+    assert tokens.size == 4 and text_bytes(TokenStream([Source("x", tokens)]), tokenizer) == 6
 
 
 def test_ranks_of_equal_logits_go_by_their_ids() -> None:
@@ -230,7 +242,7 @@ def test_what_cannot_be_evaluated_is_told_in_a_line(
     trained: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
     path = trained / "large.bin"
-    np.full(100, 99_999, dtype="<u4").tofile(path)
+    np.array([99_999, *range(99)], dtype="<u4").tofile(path)  # what is only read, never predicted
     capsys.readouterr()
     code = _run([part.format(run=trained / "run", bin=path) for part in argv])
     err = capsys.readouterr().err

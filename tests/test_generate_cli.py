@@ -152,6 +152,8 @@ def test_prompts_come_from_json_lines_texts_and_conversations_mixed(run: Path, t
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", "utf-8")
     plain, chat = told.json(run, "--prompts", file, *FEW)
+    file = file.rename(tmp_path / "prompts.json-lines")
+    assert [plain, chat] == told.json(run, "--prompts", file, *FEW)
     assert (plain["prompt"], chat["prompt"]) == ("the cat", messages)
     assert plain["tokens"] == expected(run, "the cat")
     (alone,) = told.json(run, "--user", "cat?", "--system", "Be\u2028brief.", *FEW, "--temperature", 0)
@@ -273,6 +275,17 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_stdout_that_lacks_a_sign_gets_the_rest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = ["generate", str(run), "-p", "x", "--max-tokens", "5"]
+    for flags, expected in (([], "\xe9\t?"), (["--json"], '"text": "\\u00e9\\t\\u0416"')):
+        drawn = iter("é\tЖ".encode())
+        monkeypatch.setattr("oxidizr_ref.generation.choose", lambda *_, drawn=drawn: next(drawn))
+        octets = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(octets, "latin-1"))
+        assert _run([*asking, *flags]) == 0
+        assert expected.encode("latin-1") in octets.getvalue()
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_nothing_that_could_command_a_terminal_is_written_to_one_and_everything_to_a_file(
     run: Path, told: Told, monkeypatch: pytest.MonkeyPatch, several: bool
@@ -315,6 +328,7 @@ def test_nothing_that_could_command_a_terminal_is_written_to_one_and_everything_
         (["-p", "a", "--max-tokens", "-1"], "--max-tokens -1"),
         (["-p", "a", "--seed", "-1"], "--seed -1"),
         (["-p", "", "--raw"], "the prompt is empty"),
+        (["-p", "a", "-p", "", "--raw"], "prompt 2: the prompt is empty"),
         (["-p", "a", "-p", "b\udcff"], "prompt 2: half a surrogate pair at position 1"),
         (["--prompts", "{tmp}/absent.txt"], "absent.txt: cannot be read"),
         (["--prompts", "{tmp}"], "cannot be read"),

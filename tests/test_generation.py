@@ -9,7 +9,7 @@ import pytest
 from architectures import FEW, NAMES, everywhere, lively_model
 from devices import host
 
-from oxidizr_ref import LanguageModel
+from oxidizr_ref import LanguageModel, rng
 from oxidizr_ref.config import ModelConfig
 from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.generation import Continuation, Generation, generate
@@ -123,8 +123,28 @@ def test_no_tokens_wanted_are_none_and_the_model_is_not_asked(model: LanguageMod
     assert (found.tokens, found.finish) == ([], "length")
 
 
-def test_only_ids_the_tokenizer_knows_are_drawn(model: LanguageModel) -> None:
-    assert max(one(model, PROMPT, Sampling(40, temperature=5.0, top_k=0), below=7).tokens) < 7
+def test_as_many_tokens_may_be_wanted_as_no_memory_could_hold(model: LanguageModel) -> None:
+    generation = Generation(model, [PROMPT, PROMPT], Sampling(10**18))
+    for _ in range(200):
+        generation.step()
+    tokens = [sequence.tokens for sequence in generation.sequences]
+    assert tokens == [sequence.tokens for sequence in generate(model, [PROMPT, PROMPT], Sampling(200))]
+
+
+def test_token_i_is_drawn_by_number_i_of_its_sequence(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[float] = []
+    monkeypatch.setattr("oxidizr_ref.generation.choose", lambda *given: draws.append(given[3]) or 1)
+    generate(model, [PROMPT, PROMPT], Sampling(200, seed=3))
+    for index, name in enumerate(["token", "token of sequence 1"]):
+        np.testing.assert_array_equal(draws[index::2], rng.uniform(3, "sample", name, 0, 200))
+
+
+def test_only_ids_the_tokenizer_knows_are_drawn_and_their_probabilities_are_the_model_s(model: LanguageModel) -> None:
+    found = one(model, PROMPT, Sampling(40, temperature=5.0, top_k=0), below=7, log_probs=True)
+    assert max(found.tokens) < 7
+    logits = host(model(PROMPT[None]).data)[0, -1].astype(np.float64)
+    expected = logits[found.tokens[0]] - np.log(np.exp(logits).sum())
+    assert found.log_probs[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_empty_prompt_is_refused(model: LanguageModel) -> None:

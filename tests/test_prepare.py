@@ -128,6 +128,14 @@ def test_what_is_said_by_nobody_else_is_learnt_whole_and_has_no_file_of_response
     assert not (tmp_path / "out.responses.u64").exists()
 
 
+@pytest.mark.parametrize("block", [1, 2, 7, 1000])
+def test_lines_are_whole_however_their_bytes_come(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oxidizr_ref.prepare.inputs._BLOCK", block)
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é"}\r\n\n{"text": "long enough"}\n\n\n{"text": "last"}'.encode())
+    make(tmp_path, tmp_path / "a.jsonl")
+    assert text_of(tmp_path, ByteTokenizer()) == f"é{END}long enough{END}last{END}"
+
+
 def test_an_empty_response_is_an_end_to_be_learnt(tmp_path: Path) -> None:
     make(tmp_path, lines(tmp_path / "a.jsonl", {"prompt": "p", "response": ""}))
     spans = open_responses(tmp_path / "out.bin")
@@ -231,6 +239,14 @@ def test_without_an_end_of_text_documents_run_together_and_a_notice_says_so(tmp_
     ]
 
 
+def test_an_end_of_text_behind_an_answer_is_one_of_the_vocabulary(tmp_path: Path) -> None:
+    (meta,) = make(
+        tmp_path, lines(tmp_path / "a.jsonl", {"prompt": "a", "response": f"b{END}"}), tokenizer="char"
+    ).metas.values()
+    tokenizer = tokenizer_from_state(meta.tokenizer)
+    assert text_of(tmp_path, tokenizer) == f"<|user|>a<|assistant|>b{END}" and meta.end_of_text == tokenizer.end_of_text
+
+
 def test_another_end_of_text_can_be_named_and_splits_as_well(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(f"a<|user|>b{END}c")
     make(tmp_path, tmp_path / "a.txt", end_of_text="<|user|>")
@@ -283,19 +299,44 @@ def test_cutting_anywhere_changes_no_token_of_bytes_or_characters(
 
 
 @given(
-    words=st.lists(st.sampled_from(["the", "cat's", "É", "42", "...", "don't", "x", "日本"]), min_size=30, max_size=80),
+    words=st.lists(st.sampled_from(["the", "cat's", "É", "42", "};", "// x", "x", "日本"]), min_size=30, max_size=80),
     seed=st.integers(0, 99),
 )
-def test_cutting_behind_line_ends_or_between_words_changes_no_token_of_cl100k(
-    words: list[str], seed: int, tmp_path: Path
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_cutting_behind_line_ends_or_between_words_changes_no_token(
+    name: str, words: list[str], seed: int, tmp_path: Path
 ) -> None:
     gaps = np.random.default_rng(seed).choice([" ", " ", "\n", " ", "  ", "\n\n", " a b ", "\nab\n"], len(words))
     gaps[::3] = " a b "  # so that there is a place in every piece
     text = "".join(word + gap for word, gap in zip(words, gaps, strict=True)) + "end"
     (tmp_path / "a.txt").write_text(text)
-    tokenizer = known("cl100k_base")
+    tokenizer = known(name)
     with (
         mock.patch.multiple(documents, PIECE=50, _NEAR=50),
+        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
+    ):
+        make(tmp_path, tmp_path / "a.txt", threads=1)
+    assert tokens_of(tmp_path)[:-1] == tokenizer.encode(text).tolist()
+
+
+def test_no_cut_is_before_a_slash_which_o200k_takes_together_with_the_line_end(tmp_path: Path) -> None:
+    text = "};\n// note\n" * 20
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = known("o200k_base")
+    with (
+        mock.patch.multiple(documents, PIECE=50, _NEAR=50),
+        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
+    ):
+        make(tmp_path, tmp_path / "a.txt", threads=1)
+    assert tokens_of(tmp_path)[:-1] == tokenizer.encode(text).tolist()
+
+
+def test_a_place_between_words_may_be_far_from_the_end_of_a_piece(tmp_path: Path) -> None:
+    text = "a word of 12345678.12345678.12345678.12345678.12345678\r\n" * 9
+    (tmp_path / "a.txt").write_text(text, newline="")
+    tokenizer = known("cl100k_base")
+    with (
+        mock.patch.multiple(documents, PIECE=100, _NEAR=10),
         mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
     ):
         make(tmp_path, tmp_path / "a.txt", threads=1)

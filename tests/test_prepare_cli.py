@@ -81,6 +81,20 @@ def test_directories_and_globs_are_read_in_the_order_of_their_paths_and_the_rest
     assert meta is not None and meta.sources[:4] == ("1.txt", "2.txt", "4.txt", "z.txt")
 
 
+def test_a_glob_takes_each_file_once_and_what_is_in_directories_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("d/a.txt", "d/sub/b.txt", "d/pictures/c.png"):
+        write(name, f"{name};")
+    for glob in ("d/**", "d/*"):
+        assert tiny.cli("prepare", glob, "-o", "out.bin", "--overwrite") == 0
+        assert sorted(text_of().split("<|endoftext|>")) == ["", "d/a.txt;", "d/sub/b.txt;"]
+        assert "files skipped for the ending of their names: 1\n" in capsys.readouterr().err
+
+
+def test_a_standard_input_that_is_closed_is_told(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert "-: standard input is closed; give a file" in refused("-", "-o", "out.bin")
+
+
 def test_a_file_that_is_named_is_text_whatever_its_name_unless_told_otherwise() -> None:
     write("README", '{"text": "a"}')
     assert tiny.cli("prepare", "README", "-o", "out.bin") == 0
@@ -102,7 +116,9 @@ def test_standard_input_is_read_in_another_process(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["files"]["out.bin"]["tokens"] == 15
 
 
-def test_a_byte_order_mark_is_no_text() -> None:
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_a_byte_order_mark_is_no_text(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oxidizr_ref.prepare.inputs._BLOCK", block)
     write("a.txt", b"\xef\xbb\xbfa\xef\xbb\xbf")
     assert tiny.cli("prepare", "a.txt", "-o", "out.bin") == 0
     assert text_of() == "a\ufeff<|endoftext|>"
@@ -281,7 +297,10 @@ def repository(files: dict[str, bytes]) -> Any:
     return download
 
 
-def test_tokens_from_the_hub_are_copied_and_described(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("plain_terminal_of_80_columns")
+def test_tokens_from_the_hub_are_copied_and_described(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts = {f"{name}.bin": BYTES.encode(f"{name}<|endoftext|>{name}<|endoftext|>").astype("<u4").tobytes() for name in "ba"}
     monkeypatch.setattr(hub, "download", repository({**parts, "README.md": b"no data"}))
     monkeypatch.setattr(hub, "_CHUNK", 3)
@@ -289,14 +308,28 @@ def test_tokens_from_the_hub_are_copied_and_described(monkeypatch: pytest.Monkey
     assert Path("out.bin").read_bytes() == parts["a.bin"] + parts["b.bin"]
     meta = read_meta(Path("out.bin"))
     assert meta is not None and (meta.documents, meta.sources) == (4, ("a.bin", "b.bin"))
-    assert tiny.cli("prepare", "--hub", "someone/data", "b.bin", "-o", "two.bin", "--validation", 0.5) == 0
+    capsys.readouterr()
+    assert (
+        tiny.cli("prepare", "--hub", "someone/data", "b.bin", "-o", "two.bin", "--validation", 0.5, "--stats", "--json") == 0
+    )
+    out, err = capsys.readouterr()
+    told = json.loads(out)["statistics"]
+    assert (told["tokens"], told["documents"], told["bytes"], told["bytes_per_token"]) == (4, 2, None, None)
+    assert "text        -" in err
 
 
 def test_text_from_the_hub_is_prepared_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "download", repository({"a/1.jsonl": b'{"text": "x"}', "a/2.txt": b"y", "a/3.csv": b"z"}))
+    files = {"a/1.jsonl": b'{"text": "x"}', "a/2.txt": b"y", "a/3.csv": b"z", "README.md": b"what these are"}
+    monkeypatch.setattr(hub, "download", repository(files))
     assert tiny.cli("prepare", "--hub", "someone/data", "-o", "out.bin", "--tokenizer", "char") == 0
     meta = read_meta(Path("out.bin"))
     assert meta is not None and meta.sources == ("1.jsonl", "2.txt") and meta.vocab_size == 2
+
+
+def test_a_data_set_without_text_is_refused(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository({"a.csv": b"x", "README.md": b"what this is"})("someone/data", [])
+    monkeypatch.setattr(hub, "download", lambda *_: Path("downloaded"))
+    assert "--hub someone/data: has no file ending in .txt" in refused("--hub", "someone/data", "-o", "out.bin")
 
 
 @pytest.mark.parametrize(
@@ -325,9 +358,30 @@ def test_a_repository_is_downloaded_by_the_real_client_and_one_that_is_not_there
     with hub_stand_in.hub() as server, server.in_this_process():
         server.add("someone/data", {"a.bin": tokens, "notes.txt": b"text", "large.csv": b"never asked for"}, kind="dataset")
         assert tiny.cli("prepare", "--hub", "someone/data", "-o", "out.bin") == 0
+        # The client's directory still has the tokens.
         assert tiny.cli("prepare", "--hub", "someone/data", "*.txt", "-o", "text.bin") == 0
+        assert tiny.cli("prepare", "--hub", "someone/data", "a*", "-o", "again.bin") == 0
         assert "--hub someone/absent: " in refused("--hub", "someone/absent", "-o", "no.bin", code=1)
-    assert Path("out.bin").read_bytes() == tokens
+    assert Path("out.bin").read_bytes() == Path("again.bin").read_bytes() == tokens
+    assert text_of("text.bin") == "text<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "found"),
+    [
+        ([], ["a.txt", "d/README.md", "d/b.txt"]),
+        (["*.txt"], ["a.txt", "d/b.txt"]),
+        (["d/"], ["d/README.md", "d/b.txt"]),
+        (["README.md", "a.txt"], ["README.md", "a.txt"]),
+        (["b.txt"], []),
+    ],
+)
+def test_patterns_of_the_hub_s_files_are_of_the_whole_path_and_the_card_is_no_data(
+    patterns: list[str], found: list[str]
+) -> None:
+    for name in ("README.md", "a.txt", "d/README.md", "d/b.txt"):
+        write(f"down/{name}")
+    assert [path.relative_to("down").as_posix() for path in hub.files_in(Path("down"), patterns)] == found
 
 
 def test_the_library_says_the_same_as_the_command_line() -> None:

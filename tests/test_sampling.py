@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from oxidizr_ref.errors import TrainingError, UsageError
-from oxidizr_ref.sampling import Sampling, choose, log_probability
+from oxidizr_ref.sampling import Sampling, candidates, choose, log_probability
 
 NONE = np.empty(0, dtype=np.int64)
 LOGITS = np.array([1.0, 3.0, 2.0, 3.0, -1.0, 0.0])
@@ -69,6 +69,7 @@ def test_min_p_keeps_what_has_that_part_of_the_best_probability() -> None:
     kept(plain(min_p=float(np.exp(-1.0)) - 1e-9), [1, 3, 2])
     kept(plain(min_p=float(np.exp(-1.0)) + 1e-9), [1, 3])
     kept(plain(min_p=1.0), [1, 3])
+    assert candidates(LOGITS, NONE, plain(min_p=1.0))[0].tolist() == [1, 3]
 
 
 def test_top_p_and_min_p_look_at_what_top_k_left_over() -> None:
@@ -98,6 +99,7 @@ def test_any_settings_choose_a_token_and_always_the_same(
 def test_extreme_logits_overflow_nothing() -> None:
     huge = np.array([1e300, -1e300, 0.0])
     assert choose(huge, NONE, plain(temperature=1e-3), 0.999) == 0
+    assert choose(LOGITS, NONE, plain(temperature=5e-324), 0.999) == 3
     assert log_probability(huge, 0) == 0.0
 
 

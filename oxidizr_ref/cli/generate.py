@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from oxidizr_ref.cli.words import of, printable
 from oxidizr_ref.errors import DataError, OxidizrError, UsageError
 from oxidizr_ref.generation import Continuation, Generation
 from oxidizr_ref.interop.opened import Opened, open_model
+from oxidizr_ref.prepare.inputs import JSONL
 from oxidizr_ref.sampling import Sampling
 from oxidizr_ref.text_stream import TextStream
 
@@ -105,7 +107,7 @@ def generate(
     for notice in opened.notices:
         print(printable(notice), file=sys.stderr)
     opened.its_tokenizer()  # refuses before the work
-    device = device_for(target_device)
+    device, takes_all = device_for(target_device), _settle_stdout()
     writer = _Writer(opened, device, sampling, tuple(stop or ()), raw, logprobs)
     if conversing:
         _converse(writer, system, opened.what)
@@ -113,13 +115,21 @@ def generate(
     asked = asked or [_text_on_stdin()]
     if as_json:
         for answer in writer.answers(asked):
-            print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()), flush=True)
+            print(json.dumps(answer, ensure_ascii=sys.stdout.isatty() or not takes_all), flush=True)
     elif len(asked) > 1:
         for number, answer in enumerate(writer.answers(asked), 1):
             print(f"--- {number}\n{_shown(answer['text'])}", flush=True)
     else:
         writer.stream(asked[0])
     return 0
+
+
+def _settle_stdout() -> bool:
+    """Have a question mark stand for each sign that stdout's encoding lacks. Returns whether it lacks none: UTF-8."""
+    if not isinstance(sys.stdout, io.TextIOWrapper) or sys.stdout.encoding.lower() == "utf-8":
+        return True
+    sys.stdout.reconfigure(errors="replace")
+    return False
 
 
 #: A text to continue, or a conversation to answer in.
@@ -146,7 +156,7 @@ def _prompts_in(path: Path) -> Iterator[_Prompt]:
     if not there:
         raise UsageError(f"--prompts {path}: holds no prompt; give one a line")
     for number, line in there:
-        yield _prompt_of(line, f"--prompts {path}, line {number}") if path.suffix == ".jsonl" else line
+        yield _prompt_of(line, f"--prompts {path}, line {number}") if path.suffix in JSONL else line
 
 
 def _prompt_of(line: str, where: str) -> _Prompt:
@@ -247,7 +257,7 @@ class _Writer:
         ids = [np.array(self._begin, dtype=np.int64), *(self.tokenizer.encode(part).astype(np.int64) for part in parts)]
         joined = np.concatenate(ids)
         if not joined.size:
-            raise UsageError("the prompt is empty, and this model has no token that begins documents; give --prompt TEXT")
+            raise DataError("the prompt is empty, and this model has no token that begins documents; give --prompt TEXT")
         return joined
 
 

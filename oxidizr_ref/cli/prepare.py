@@ -170,10 +170,10 @@ def _show(prepared: Prepared, as_json: bool) -> None:
 
 def _tables(statistics: dict[str, Any]) -> list[Table]:
     numbers = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    used, size = statistics["ids_used"], statistics["vocab_size"]
+    used, size, octets = statistics["ids_used"], statistics["vocab_size"], statistics["bytes"]
     for label, value in (
         ("tokens", f"{statistics['tokens']:,}"),
-        ("text", f"{statistics['bytes']:,} bytes, {statistics['bytes_per_token']:.3f} a token"),
+        ("text", f"{octets:,} bytes, {statistics['bytes_per_token']:.3f} a token" if octets else "-"),
         ("documents", f"{statistics['documents']:,}, the longest {of(statistics['longest_document'], 'token')}"),
         ("vocabulary", f"{used:,} of {size:,} ids used ({used / size:.1%})"),
     ):

@@ -23,7 +23,7 @@ PIECE = 1 << 18
 
 _TEXT, _ANSWER, _CHAT = frozenset({"text"}), frozenset({"prompt", "response"}), frozenset({"messages"})
 _LAYOUTS_SHOWN = '{"text"}, {"prompt", "response"} or {"messages": [{"role", "content"}]}'
-_NEAR = 1 << 12  # characters searched for a place between two words
+_NEAR = 1 << 12  # characters searched first for a place between two words
 _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _MOST_BAD, _FEW_BAD = 0.3, 3  # of the characters of a block; more than both, and it is no text in this encoding
@@ -130,8 +130,9 @@ class Reader:
             if not text[at - 1].isspace() and not text[at + 1].isspace() and text[at + 1] != "/":
                 return at + 1
             at = text.rfind("\n", 1, at)
-        for match in reversed(list(_BETWEEN_WORDS.finditer(text, PIECE - _NEAR, PIECE))):
-            return match.end()
+        for begin in (PIECE - _NEAR, 0):
+            if places := [match.end() for match in _BETWEEN_WORDS.finditer(text, begin, PIECE)]:
+                return places[-1]
         at = PIECE
         for token in self.special_tokens:
             within = text.find(token, at - len(token) + 1, at + len(token) - 1)
@@ -207,11 +208,15 @@ def _and_the_end(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    begun = list[str]()  # parts of a line, which may be long: put together once
     for text in texts:
-        *whole, rest = (rest + text).split("\n")
-        yield from whole
-    yield rest
+        first, *others = text.split("\n")
+        begun.append(first)
+        if others:
+            yield "".join(begun)
+            yield from others[:-1]
+            begun = [others[-1]]
+    yield "".join(begun)
 
 
 def _not_utf8(source: Source, octets: bytes, offset: int, line: int, error: UnicodeDecodeError) -> DataError:

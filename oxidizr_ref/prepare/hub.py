@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from oxidizr_ref.prepare.inputs import COMPRESSED, JSONL, TEXT
 from oxidizr_ref.tokenizers import Tokenizer
 
 _CHUNK = 1 << 20  # tokens
+_CARD = "README.md"  # of a repository: it tells of the data
 
 
 def download(repository: str, patterns: Sequence[str]) -> Path:
@@ -34,9 +36,17 @@ def download(repository: str, patterns: Sequence[str]) -> Path:
     return Path(place)
 
 
-def find_token_files(directory: Path) -> list[Path]:
-    """The .bin files below a directory, sorted by path."""
-    return sorted(directory.rglob("*.bin"), key=lambda path: path.relative_to(directory).parts)
+def files_in(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files below a directory that match a pattern, sorted by path; without patterns all but the data set's card.
+
+    The directory is that of a revision in the cache: other patterns may have brought other files there before. A pattern is
+    one of huggingface_hub's: of the whole path, a directory if it ends with a slash.
+    """
+    files = sorted((path for path in directory.rglob("*") if not path.is_dir()), key=lambda path: path.parts)
+    if not patterns:
+        return [path for path in files if path != directory / _CARD]
+    whole = [f"{pattern}*" if pattern.endswith("/") else pattern for pattern in patterns]
+    return [path for path in files if any(fnmatchcase(path.relative_to(directory).as_posix(), p) for p in whole)]
 
 
 def read_documents(

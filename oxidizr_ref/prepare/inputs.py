@@ -43,8 +43,8 @@ class Source:
 def find_sources(inputs: Sequence[str]) -> tuple[list[Source], int]:
     """The sources that the arguments name, in their order, and how many files were skipped for their suffix.
 
-    A directory stands for all files below it whose suffix is known, a glob for what matches it: sorted by path. A file
-    that is named itself is taken whatever its suffix. Raises DataError for what is not there or cannot be text.
+    A directory stands for all files below it whose suffix is known, sorted by path; a glob for what matches it, each file
+    once. A file that is named itself is taken whatever its suffix. Raises DataError for what is not there or cannot be text.
     """
     found: list[Source] = []
     skipped = 0
@@ -53,42 +53,35 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], int]:
         if argument == STDIN:
             found.append(Source(STDIN))
         elif path.is_dir():
-            paths, others = _below(path)
-            found += _usable(argument, map(_source, paths))
-            skipped += others
+            sources, others = usable_sources(argument, _below(path))
+            found, skipped = found + sources, skipped + others
         elif path.exists():
             found.append(_source(path))
-        elif matches := sorted(glob.glob(argument, recursive=True)):
-            usable = [match for match in matches if os.path.isdir(match) or is_known(Path(match))]
-            inside, others = find_sources(usable)
-            found += _usable(argument, inside)
-            skipped += others + len(matches) - len(usable)
+        elif matches := [Path(match) for match in sorted(glob.glob(argument, recursive=True))]:
+            files = dict.fromkeys(file for match in matches for file in (_below(match) if match.is_dir() else [match]))
+            sources, others = usable_sources(argument, [*files])
+            found, skipped = found + sources, skipped + others
         else:
             raise DataError(f"{argument}: no such file, directory or glob; check the path")
     return found, skipped
 
 
-def _usable(argument: str, sources: Iterable[Source]) -> list[Source]:
-    found = list(sources)
+def usable_sources(argument: str, files: Sequence[Path]) -> tuple[list[Source], int]:
+    """The files whose suffix is known, and how many have another one. Raises DataError naming ``argument`` if all have."""
+    found = [_source(path) for path in files if Source(str(path)).suffix in TEXT + JSONL]
     if not found:
         known = f"{' '.join(TEXT + JSONL)} (or these with {' or '.join(COMPRESSED)})"
         raise DataError(f"{argument}: has no file ending in {known}; name the files themselves")
-    return found
+    return found, len(files) - len(found)
 
 
-def _below(directory: Path) -> tuple[list[Path], int]:
+def _below(directory: Path) -> list[Path]:
     files = [Path(place, name) for place, _, names in os.walk(directory, onerror=_raise) for name in names]
-    known = sorted((path for path in files if is_known(path)), key=lambda path: path.parts)
-    return known, len(files) - len(known)
+    return sorted(files, key=lambda path: path.parts)
 
 
 def _raise(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
-
-
-def is_known(path: Path) -> bool:
-    """Whether the ending of a name says that it is text or JSON lines."""
-    return Source(str(path)).suffix in TEXT + JSONL
 
 
 def _source(path: Path) -> Source:

@@ -24,7 +24,7 @@ from oxidizr_ref.config import load_config
 from oxidizr_ref.errors import DataError, UsageError
 from oxidizr_ref.prepare import hub, vocabulary, writer
 from oxidizr_ref.prepare.documents import Piece, Reader
-from oxidizr_ref.prepare.inputs import JSONL, Source, find_sources, read_blocks
+from oxidizr_ref.prepare.inputs import JSONL, Source, find_sources, read_blocks, usable_sources
 from oxidizr_ref.prepare.statistics import Statistics
 from oxidizr_ref.prepare.writer import TokenWriter
 from oxidizr_ref.token_files import Meta, documents_path, meta_path, responses_path
@@ -137,13 +137,14 @@ class _Run:
         reads_twice = vocabulary.needs_two_readings(self.options.tokenizer, self.options.train_bpe)
         inputs = self.options.inputs
         if self.options.hub is not None:
-            directory = hub.download(self.options.hub, inputs)
-            if token_files := hub.find_token_files(directory):
+            files = hub.files_in(hub.download(self.options.hub, inputs), inputs)
+            if token_files := [path for path in files if path.suffix == ".bin"]:
                 if reads_twice:
                     raise UsageError(f"--hub {self.options.hub}: holds tokens; name the --tokenizer they were made with")
                 return [], token_files
-            inputs = [str(directory)]
-        sources, skipped = find_sources(inputs)
+            sources, skipped = usable_sources(f"--hub {self.options.hub}", files)
+        else:
+            sources, skipped = find_sources(inputs)
         if skipped:
             self.reporter.notice(f"files skipped for the ending of their names: {skipped:,}")
         if reads_twice and any(source.is_stdin for source in sources):

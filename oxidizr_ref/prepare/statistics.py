@@ -13,7 +13,10 @@ _MOST_FREQUENT = 10
 
 
 class Statistics:
-    """Counts of ids and of lengths of documents, and the size of the text they were made of (bytes of UTF-8)."""
+    """Counts of ids and of lengths of documents, and the size of the text they were made of (bytes of UTF-8).
+
+    text_bytes 0: they were tokens already.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.counts = np.zeros(vocab_size, dtype=np.int64)
@@ -32,13 +35,14 @@ class Statistics:
         self._lengths[tokens.bit_length()] += 1
 
     def summary(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """All of it, JSON-able. histogram: [fewest tokens, most tokens, documents] by powers of two."""
+        """All of it, JSON-able. histogram: [fewest tokens, most tokens, documents] by powers of two; bytes None: unknown."""
         tokens, used = int(self.counts.sum()), int(np.count_nonzero(self.counts))
+        octets = self.text_bytes or None
         by_count = np.argsort(-self.counts, kind="stable")[: min(used, _MOST_FREQUENT)].tolist()
         return {
             "tokens": tokens,
-            "bytes": self.text_bytes,
-            "bytes_per_token": self.text_bytes / max(tokens, 1),
+            "bytes": octets,
+            "bytes_per_token": octets and octets / tokens,
             "documents": sum(self._lengths),
             "longest_document": self.longest,
             "ids_used": used,
