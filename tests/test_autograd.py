@@ -395,6 +395,7 @@ def test_chain_of_20000_ops_needs_no_recursion() -> None:
     np.testing.assert_array_equal(host(x.grad), [1.0])
 
 
+@pytest.mark.thorough
 def test_chain_of_100000_ops_is_dropped_unwalked_without_a_crash() -> None:
     y = Tensor(np.array([1.0]), requires_grad=True)
     for _ in range(100_000):

@@ -108,6 +108,7 @@ def test_the_program_ends_with_an_error_where_a_file_is_cut_short_or_absent(tmp_
     assert read(tmp_path / "absent").returncode == 1
 
 
+@pytest.mark.thorough
 def test_the_program_touches_no_memory_that_is_not_its_own_whatever_is_in_the_file(
     tmp_path: Path, read_checked: Program
 ) -> None:

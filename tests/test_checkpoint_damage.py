@@ -57,6 +57,7 @@ def outcomes(path: Path, variants: Iterator[bytes]) -> Counter[str]:
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_each_of_the_12136_single_flipped_bits_of_a_file_is_damage(path: Path) -> None:
     whole = path.read_bytes()
     assert len(whole) == 1517 and len(handmade.text_of(whole)) == 1272

@@ -95,6 +95,7 @@ def test_the_files_that_mutations_begin_with_are_whole(tmp_path: Path) -> None:
         assert outcome_of(tmp_path / "x", raw) == "loaded"
 
 
+@pytest.mark.thorough
 def test_each_of_20000_mutated_files_is_refused_or_loaded_and_equal_to_what_saving_it_again_writes(tmp_path: Path) -> None:
     with handmade.fast_folder(tmp_path) as folder:
         must_be_thorough(search(folder, seed=0, count=20_000), 20_000)

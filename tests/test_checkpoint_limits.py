@@ -110,6 +110,7 @@ def must_stay_small(read: Callable[[Path], Any], path: Path) -> Any:
     return results[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "may be" not in name])
 def test_reading_a_file_with_any_header_of_8_mib_takes_no_more_than_its_size_and_64_mib(tmp_path: Path, name: str) -> None:
     text = HOSTILE[name](headers.MAX_HEADER_BYTES)
@@ -120,6 +121,7 @@ def test_reading_a_file_with_any_header_of_8_mib_takes_no_more_than_its_size_and
     assert isinstance(must_stay_small(format.load, path), CheckpointError) or name.startswith("many")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "read",
     [
@@ -140,6 +142,7 @@ def test_reading_as_many_tensors_as_there_may_be_takes_no_more_than_the_file_s_s
     assert not isinstance(must_stay_small(read, path), CheckpointError)
 
 
+@pytest.mark.thorough
 def test_work_grows_with_the_length_of_the_header_and_with_nothing_else(tmp_path: Path) -> None:
     """None of the headers above takes ten times as long as an honest one of the same length. (Anything that grew with the
     square would take hundreds of thousands of times as long.)"""

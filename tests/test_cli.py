@@ -453,6 +453,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run: tiny.Run, refused: Refusal
     assert refused(*argv)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("argv", [["trian"], ["--bogus"], ["train", "--bogus"], ["-f", "absent.yaml"]])
 def test_wrong_usage_in_a_process_of_its_own(tmp_path: Path, argv: list[str]) -> None:
     out, err = tiny.finish(tiny.start(argv, tmp_path), 2)

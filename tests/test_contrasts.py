@@ -119,6 +119,7 @@ def test_for_parity_both_mambas_begin_with_the_same_slow_decay_and_time_step(kin
     assert (dt > np.log1p(np.exp(-0.7))).all() and (dt < np.log1p(np.exp(0.7))).all()
 
 
+@pytest.mark.thorough
 def test_a_run_gives_the_same_curve_twice_and_it_survives_its_file(tmp_path: Path):
     def run() -> list[training.Curve]:
         return runs.parity(kinds=("mamba3",), rates=(1e-2,), steps=12)

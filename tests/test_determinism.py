@@ -83,7 +83,7 @@ def environment_of(core: str) -> dict[str, str]:
 MACHINES = [
     pytest.param((name, core), id=f"{name}-{core}", marks=[*([pytest.mark.long] if name in OTHERS else []), *marks])
     for name in tiny.WIDE
-    for core, marks in (("native", []), (OTHER_CORE, [other_core]))
+    for core, marks in (("native", []), (OTHER_CORE, [other_core, pytest.mark.thorough]))
 ]
 
 
@@ -183,6 +183,7 @@ def test_sigkill_resume_and_threads_change_no_byte_of_any_kind_of_model(tmp_path
     assert tiny.metrics_of(tmp_path / "broken") == run.metrics()
 
 
+@pytest.mark.thorough
 @other_core
 def test_another_blas_core_is_another_machine_class(tmp_path: Path) -> None:
     run = tiny.make_run(tmp_path, trainer={"max_steps": 1, "eval_fraction": 0})
@@ -227,6 +228,7 @@ def test_every_tiled_operation_has_three_tiles_in_the_runs_above(tmp_path: Path)
     assert {(name, f): n for name, found in counts.items() for f, n in found.items() if n < 3} == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_threads_change_no_byte_of_any_kind_of_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
@@ -242,6 +244,7 @@ def test_threads_change_no_byte_of_any_kind_of_model(
     assert all(state == states[0] for state in states[1:])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "architecture", [pytest.param(name, marks=[pytest.mark.long] if name in OTHERS else []) for name in tiny.WIDE]
 )
@@ -298,7 +301,7 @@ def test_another_config_seed_or_data_gives_other_bytes(tmp_path: Path, key: str)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("core", ["native", pytest.param(OTHER_CORE, marks=other_core)])
+@pytest.mark.parametrize("core", ["native", pytest.param(OTHER_CORE, marks=[other_core, pytest.mark.thorough])])
 def test_nano_start_survives_random_kills_byte_for_byte(tmp_path: Path, core: str) -> None:
     """`--max-steps 60` in one go, and with SIGKILL at three random moments and `--resume auto` after each."""
     env = {} if core == "native" else {"OPENBLAS_CORETYPE": core}

@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 SHORT = {"max_steps": 8, "save_interval": 4, "log_interval": 3, "lr_schedule": "cosine", "eval_fraction": 0.2}
+pytestmark = pytest.mark.thorough
+
 #: Ways to store weights and moments.
 STORED = [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("f16", "f32")]
 

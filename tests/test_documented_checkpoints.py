@@ -99,6 +99,7 @@ def the_error(ended: forge.Ended) -> str:
 # --- where files appear -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_without_a_word_about_checkpoints_there_is_one_every_500_steps_in_checkpoints(here: Path, oxidizr: Shell) -> None:
     oxidizr("-f small.yaml --headless --seq-len 4 --batch-size 1 --max-steps 1000 --set log_interval=500 --threads 1")
     assert sorted(path.name for path in (here / "checkpoints").glob("*.safetensors")) == [

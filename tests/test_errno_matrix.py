@@ -142,6 +142,7 @@ def _without_unreadable(ledger: Ledger, call: Call, state: State) -> Ledger:
 # --- whatever a run does ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
 def test_a_call_that_fails_is_told_loses_nothing_and_the_next_run_works(place: Path, name: str) -> None:
     """Each call with one of the errors, in turn."""

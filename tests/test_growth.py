@@ -32,6 +32,8 @@ sys.path.append(str(SCRIPTS))
 import growth_page  # noqa: E402 - lives beside the documentation
 import growth_sweeps  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,7 @@ def every_kernel(type_: str) -> dict[str, Kernel]:
     return kernels
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.parametrize("type_", ["float", "double"])
 def test_every_kernel_of_the_package_compiles_for_a_gpu_and_has_no_atomics(type_: str, tmp_path: Path) -> None:

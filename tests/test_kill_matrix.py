@@ -41,6 +41,7 @@ def examine(*options: str) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.thorough
 def test_a_kill_at_any_moment_of_any_work_or_of_its_recovery_loses_nothing_and_needs_no_cleaning() -> None:
     assert examine()["kills"] >= 500  # different ones: no two at the same moment of the same work on the same directory
 
@@ -50,6 +51,7 @@ def test_a_kill_at_every_moment_of_every_recovery_loses_nothing_and_needs_no_cle
     assert examine("--thorough")["kills"] >= 10_000
 
 
+@pytest.mark.thorough
 def test_a_training_killed_twice_at_its_calls_makes_the_same_bytes() -> None:
     assert examine("--training", "2") == {"kills": 4}
 
@@ -136,6 +138,7 @@ def _strace_works() -> bool:
 needs_strace = pytest.mark.skipif(not _strace_works(), reason="strace is not installed, or may not trace")
 
 
+@pytest.mark.thorough
 @needs_strace
 @pytest.mark.parametrize(("call", "number"), MOMENTS)
 def test_a_kill_at_a_system_call_leaves_what_the_matrix_says_and_is_recovered_from(

@@ -49,6 +49,7 @@ def peak_of_two_steps_and_a_save(tmp_path, text: str) -> tuple[int, int, int]:
     return int(lines[-1].split()[1]), parameters, estimate_memory(config).total
 
 
+@pytest.mark.thorough
 def test_the_full_logits_never_exist(tmp_path):
     peak, parameters, estimate = peak_of_two_steps_and_a_save(
         tmp_path, CONFIG % {"hidden": 32, "layers": 1, "heads": 2, "inner": 64, "vocab": 64000}
@@ -82,6 +83,7 @@ PURE = {"mamba_layers": [0, 1, 2, 3]}
 HYBRID = {**MLA, **MOE, "mamba_layers": [0, 1, 2]}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "model",
     [

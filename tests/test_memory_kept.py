@@ -120,6 +120,7 @@ def test_every_byte_that_the_tape_of_the_loss_keeps_is_in_the_estimate(name: str
     assert held - of_output_weights == sum(part.kept for part in model_parts(config))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [64, 129, 500])
 @pytest.mark.parametrize("name", ["llama", "mla", "mamba1", "mamba2", "mamba3", "hybrid 2"])
 def test_what_documents_kept_apart_keep_is_at_most_the_estimate_and_not_far_below(name: str, length: int) -> None:

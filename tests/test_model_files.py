@@ -190,6 +190,7 @@ def test_every_small_file_trains_on_random_tokens_for_three_steps(tmp_path: Path
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(260), abs=0.1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LARGE)
 def test_the_first_half_of_every_large_file_trains_a_step_at_a_small_vocabulary(tmp_path: Path, name: str) -> None:
     mamba_layers = [layer for layer in model_section(name).get("mamba_layers") or [] if layer < 4]
@@ -265,6 +266,7 @@ def entropy_of_bytes() -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.long]) for name in TINY])
 def test_a_tiny_model_soon_knows_more_than_how_common_each_byte_is(tmp_path: Path, name: str) -> None:
     losses = trained(tmp_path, "-f", name, "--max-steps", 50)

@@ -236,6 +236,7 @@ def _recover_from_some(place: Path, wanted: int) -> None:
     print(f"{len(recover.done)} different states of {seed} histories")
 
 
+@pytest.mark.thorough
 def test_two_thousand_power_cuts_in_long_histories_are_recovered_from(place: Path) -> None:
     _recover_from_some(place, 2_000)
 
@@ -253,6 +254,7 @@ def _a_stubborn_run(place: Path, fault: Fault = look_on) -> History:
     return History(place, Ledger(), lambda r: carry_out(place / "run", r.say, until=6, stubborn=True), fault)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("what", "count"), [(r"metrics\.jsonl", 3), (r"\.step_.*\.tmp", 3), ("run", 6)])
 def test_what_a_failed_flush_left_open_is_never_taken_for_written(place: Path, what: str, count: int) -> None:
     """The system forgets what it could not write, and calls the next flush of the same file a success."""
@@ -296,6 +298,7 @@ def _without(omitted: Barrier | None) -> Iterator[set[Barrier]]:
         yield met
 
 
+@pytest.mark.thorough
 def test_without_any_one_of_the_barriers_a_power_cut_breaks_a_promise(place: Path) -> None:
     """So none is superfluous, and the model sees what each is there for."""
     histories = [partial(of_scenario, place / "run", scenario) for scenario in SCENARIOS.values()]

@@ -64,6 +64,7 @@ def check_whole(found: State, old: State, new: State) -> None:
             assert beside in [{n: d for n, d in state.items() if n in family} for state in (old, new)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 def test_a_kill_at_any_call_leaves_whole_files_and_the_next_run_needs_no_cleaning(place: Path, replacing: bool) -> None:

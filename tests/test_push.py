@@ -395,6 +395,7 @@ def pushing_elsewhere(server: Hub, place: Path, **environment: str) -> subproces
     return tiny.start(argv, place, {**server.environment(place / "home", WRITER), **environment})
 
 
+@pytest.mark.thorough
 def test_an_upload_that_was_killed_goes_on_and_leaves_the_token_nowhere(place: Path) -> None:
     shutil.rmtree(place / PACKAGE)
     _, whole = large_package(place / PACKAGE)

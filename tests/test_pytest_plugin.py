@@ -22,6 +22,8 @@ from oxidizr_ref.trace import Trace, TraceWriter, budget, record
 
 pytest_plugins = ["pytester"]
 
+pytestmark = pytest.mark.thorough
+
 #: Installed, the plugin is there by itself; from a source tree alone it has to be named.
 _KNOWN = any(entry.name == "oxidizr_ref" for entry in importlib.metadata.entry_points(group="pytest11"))
 PLUGIN = "oxidizr_ref" if _KNOWN else "oxidizr_ref.pytest_plugin"

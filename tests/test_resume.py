@@ -335,6 +335,7 @@ def test_a_backup_of_another_run_begins_a_branch_that_auto_follows(
     )
 
 
+@pytest.mark.thorough
 def test_a_kill_at_any_rename_while_a_branch_is_moved_never_lets_auto_jump_back(
     copied: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_kill_at_any_rename_while_a_branch_is_moved_never_lets_auto_jump_back(
     assert renamed.index("run.json") < renamed.index(moves[0]), "noted before it is done"
 
 
+@pytest.mark.thorough
 def test_a_kill_at_any_rename_while_a_backup_begins_a_branch_never_loses_it(
     copied: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

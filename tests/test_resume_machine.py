@@ -210,6 +210,7 @@ def search(root: Path, examples: int, derandomize: bool, apart: bool) -> None:
     assert {what: seen[what] for what, count in WANTED.items() if seen[what] < count} == {}
 
 
+@pytest.mark.thorough
 def test_whatever_happens_to_a_run_its_files_and_metrics_are_those_of_a_run_left_alone(tmp_path: Path) -> None:
     search(tmp_path, 60, derandomize=True, apart=False)
 
@@ -222,6 +223,7 @@ def test_whatever_happens_to_a_run_a_thousand_times_also_in_interpreters_of_its_
 # --- the forge itself -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_forged_process_does_what_an_interpreter_of_its_own_does(tmp_path: Path) -> None:
     run = tiny.make_run(tmp_path, {"dtype": "bf16"}, {"max_steps": 4, "save_interval": 2}, characters=150)
     forged = forge.run(run.into("forged").argv(), tmp_path, small_tiles=False)

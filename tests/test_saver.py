@@ -68,6 +68,7 @@ def both(root: Path) -> tuple[tiny.Run, tiny.Run]:
     return run.into("at_once"), run.into("in_background")
 
 
+@pytest.mark.thorough
 def test_files_written_while_training_goes_on_have_the_bytes_of_files_written_at_once(
     tmp_path: Path, sleepy: list[int]
 ) -> None:
@@ -80,6 +81,7 @@ def test_files_written_while_training_goes_on_have_the_bytes_of_files_written_at
     assert background.metrics() == at_once.metrics()
 
 
+@pytest.mark.thorough
 def test_the_test_above_would_see_a_torn_snapshot(
     tmp_path: Path, sleepy: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +196,7 @@ def test_stopped_while_nothing_can_be_saved_is_a_failure_not_a_stop(
     assert run.steps() == []
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="this system has no such signals")
 def test_a_signal_while_a_file_is_written_waits_for_it(
     tmp_path: Path, sleepy: list[int], monkeypatch: pytest.MonkeyPatch

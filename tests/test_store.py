@@ -114,6 +114,7 @@ def test_a_second_trainer_in_the_same_process_is_refused_too(tmp_path: Path) -> 
         pass
 
 
+@pytest.mark.thorough
 def test_a_dead_process_holds_no_directory(tmp_path: Path) -> None:
     run = tiny.make_run(tmp_path, trainer={"max_steps": 4, "save_interval": 1})
     tiny.finish(tiny.start(run.argv(), tmp_path, {"TINY_KILL": "logged:2"}, small_tiles=True), expected=-9)

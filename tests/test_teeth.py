@@ -256,6 +256,7 @@ def without_teeth(bench: Bench, how: Callable[[dict[str, Any], str, int], None])
     return toothless
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", HOW)
 def test_every_weight_and_every_moment_is_missed_when_it_was_loaded_wrongly(bench: Bench, how: str) -> None:
     """Dropped: refused. Zeroed, or one number of it nudged: other tensors, or other metrics, come out."""
@@ -266,6 +267,7 @@ def test_the_last_bit_of_every_weight_in_bf16_and_its_moments_are_missed(tmp_pat
     assert without_teeth(Bench(tmp_path, dtype="bf16"), nudge_in_bf16) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["drop", "zero"])
 def test_every_weight_and_every_moment_is_missed_when_it_was_written_wrongly(bench: Bench, how: str) -> None:
     toothless = []

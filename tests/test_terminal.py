@@ -119,6 +119,7 @@ def test_every_example_is_understood_by_the_command_it_is_of(line: str) -> None:
     assert f"{line} ".startswith(f"oxidizr-ref {shown_at} ".replace("  ", " "))
 
 
+@pytest.mark.thorough
 def test_every_example_does_what_it_says(examples: dict[str, Done]) -> None:
     differing = {"oxidizr-ref diff checkpoints/nano-start checkpoints/llama-start"}
     failed = {line: done for line, done in examples.items() if done.code != (1 if line in differing else 0)}
@@ -244,6 +245,7 @@ def bare(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_fit_the_terminal_and_lose_nothing(screens: dict[str, dict[str, str]], name: str) -> None:
     wide = screens["wide"][name]

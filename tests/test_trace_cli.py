@@ -382,6 +382,7 @@ def bad_files(here: Path, made: Path) -> None:
                 writer.add(key, array)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("bad_files")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(

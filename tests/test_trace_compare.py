@@ -471,6 +471,7 @@ def test_samples_that_have_no_number_in_common_are_missing_and_not_right(llama: 
 # --- other references -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_the_truth_of_a_float32_or_fused_reference_is_computed_again(

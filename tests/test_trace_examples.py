@@ -27,6 +27,8 @@ from oxidizr_ref.trace.names import END_MEANINGS, MEANINGS
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 PAGE = (EXAMPLES.parent / "trace_format.md").read_text(encoding="utf-8")
 
+pytestmark = pytest.mark.thorough
+
 C_COMPILER = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

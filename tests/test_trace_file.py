@@ -599,6 +599,7 @@ def test_what_are_no_real_numbers_is_refused(tmp_path: Path, array: Array) -> No
 MIB = 1 << 20
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["in one piece", "as a broadcast view", "transposed", "sampled", "in parts"])
 def test_writing_256_mib_takes_a_few_more(folder: Path, way: str) -> None:
     large = np.zeros(256 * MIB // 8).reshape(4096, -1)  # pages of zeros that are only read take no memory of their own

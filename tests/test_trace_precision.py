@@ -436,6 +436,7 @@ def in_two_ways(seed: int, precision: str, steps: int, directory: Path) -> None:
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(12))
 def test_a_float32_step_is_within_the_budget_of_the_plain_side_fused_or_not(seed: int, tmp_path: Path) -> None:
     in_two_ways(seed, "f32", 1, tmp_path)

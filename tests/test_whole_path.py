@@ -71,7 +71,7 @@ def settings(vocab_size: int) -> list[str]:
     ("name", "tokenizer"),
     [
         ("tiny-hybrid", ["--tokenizer", "byte"]),
-        ("tiny-llama", ["--train-bpe", "300"]),
+        pytest.param("tiny-llama", ["--train-bpe", "300"], marks=pytest.mark.thorough),
         pytest.param("tiny-mamba2", ["--tokenizer", "char"], marks=pytest.mark.long),
     ],
 )
