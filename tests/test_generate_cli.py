@@ -206,6 +206,8 @@ def test_json_has_prompt_text_tokens_and_why_it_ended_and_log_probabilities_if_w
     assert len(scored["logprobs"]) == 12 and all(value < 0 for value in scored["logprobs"])
     _, err = told(run, "-p", "the", *FEW, "--logprobs")
     assert f"mean log-probability {np.mean(scored['logprobs']):.3f} nats" in err
+    _, err = told(run, "-p", "the", "-p", "a", *FEW, "--logprobs")
+    assert len(err.splitlines()) == 2 and err.startswith(f"[mean log-probability {np.mean(scored['logprobs']):.3f} nats]\n")
 
 
 def test_no_tokens_wanted_are_none(run: Path, told: Told) -> None:

@@ -119,6 +119,8 @@ def generate(
     elif len(asked) > 1:
         for number, answer in enumerate(writer.answers(asked), 1):
             print(f"--- {number}\n{_shown(answer['text'])}", flush=True)
+            if answer.get("logprobs"):
+                print(f"[{_mean(answer['logprobs'])}]", file=sys.stderr, flush=True)
     else:
         writer.stream(asked[0])
     return 0
@@ -180,6 +182,10 @@ def _text_on_stdin() -> str:
         raise UsageError(f"stdin: cannot be read ({error}); give UTF-8 text, or --prompt TEXT") from None
 
 
+def _mean(log_probs: list[float]) -> str:
+    return f"mean log-probability {math.fsum(log_probs) / len(log_probs):.3f} nats"
+
+
 class _Writer:
     """A model with all that is needed to write with it."""
 
@@ -225,8 +231,7 @@ class _Writer:
         seconds = time.perf_counter() - began
         rate = f"{of(len(sequence.tokens), 'token')} in {seconds:.2f} s ({len(sequence.tokens) / seconds:.0f} a second)"
         if self._log_probs and sequence.log_probs:
-            mean = math.fsum(sequence.log_probs) / len(sequence.log_probs)
-            rate += f", mean log-probability {mean:.3f} nats"
+            rate += f", {_mean(sequence.log_probs)}"
         print(f"[{rate}, ended by {finish}]", file=sys.stderr, flush=True)
         return text.text
 

@@ -7,14 +7,14 @@ of files that bear their step's name: a backup may lie beside another run.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.contents import must_exist, step_files
+from oxidizr_ref.checkpoint.records import Record, curve, read_records
 from oxidizr_ref.checkpoint.state import RunState, from_file
 from oxidizr_ref.checkpoint.store import CheckpointStore, check_name
 from oxidizr_ref.config import Config
@@ -22,6 +22,7 @@ from oxidizr_ref.errors import CheckpointError, ConfigError, DamagedError, Usage
 from oxidizr_ref.interop.weight_files import sha256_of
 
 _PUT_AWAY = ("superseded", "quarantine")
+_METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Source:
     """A checkpoint that proved whole, its optimizer state left out, and what its run says of it.
 
     sha256: of the whole file, as ``sha256sum`` prints it. numerics: the version of this package's numerics that made it.
-    records: the lines of metrics.jsonl up to its step. notices: what the user should know, a line each.
+    records: those of metrics.jsonl up to its step. notices: what the user should know, a line each.
     """
 
     path: Path
@@ -37,7 +38,7 @@ class Source:
     numerics: str
     sha256: str
     config: Config
-    records: list[dict[str, Any]]
+    records: list[Record]
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -52,7 +53,7 @@ class Source:
 
     def losses(self, key: str) -> list[tuple[int, float]]:
         """Steps and the numbers that ``loss`` or ``eval_loss`` had there, ascending; one a step."""
-        return _by_step(self.records, key)
+        return curve(self.records, key)
 
 
 def choose(directory: Path, wish: str) -> Source:
@@ -86,31 +87,12 @@ def run_files(directory: Path) -> list[Path]:
     return step_files(directory)
 
 
-def records_of(directory: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl up to a step. What is no such line, as a kill may leave one, is passed over."""
-    path = directory / "metrics.jsonl"
-    found = []
-    for line in disk.read(path).splitlines() if disk.exists(path) else ():
-        try:
-            record = json.loads(line)
-            if type(record["step"]) is int and record["step"] <= last_step:
-                found.append(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return found
-
-
 def steps_and_losses(directory: Path) -> list[tuple[int, float | None, float | None]]:
     """The steps whose files are in a run's directory, with their training and held-out losses where these were logged."""
     steps = CheckpointStore(directory).steps()
-    records = records_of(directory, steps[-1]) if steps else []
-    train, held_out = (dict(_by_step(records, key)) for key in ("loss", "eval_loss"))
+    records, _ = read_records(directory / _METRICS)
+    train, held_out = (dict(curve(records, key)) for key in ("loss", "eval_loss"))
     return [(step, train.get(step), held_out.get(step)) for step in steps]
-
-
-def _by_step(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    logged = ((record["step"], record.get(key)) for record in records)
-    return sorted({step: loss for step, loss in logged if isinstance(loss, float) and math.isfinite(loss)}.items())
 
 
 def _newest_whole(files: list[Path]) -> Source:
@@ -158,6 +140,7 @@ def _read(path: Path) -> Source:
     of_a_run = path.name == CheckpointStore(path.parent).path(state.step).name
     whole = readable_config(path.parent) if of_a_run else None
     name = whole.model.name if whole else path.resolve().parent.name if of_a_run else path.stem
+    records = read_records(path.parent / _METRICS)[0] if of_a_run else []
     config = Config.from_canonical(state.config)
     return Source(
         path,
@@ -165,7 +148,7 @@ def _read(path: Path) -> Source:
         file.metadata.get("numerics_version", "unknown"),
         sha256_of(path),
         config.model_copy(update={"model": config.model.model_copy(update={"name": name})}),
-        records_of(path.parent, state.step) if of_a_run else [],
+        [record for record in records if record["step"] <= state.step],
     )
 
 

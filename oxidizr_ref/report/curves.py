@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from oxidizr_ref.checkpoint.records import Record, curve, number
 from oxidizr_ref.report.histograms import Histograms
-from oxidizr_ref.report.run_directory import Record, RunDirectory, curve, number
+from oxidizr_ref.report.run_directory import RunDirectory
 from oxidizr_ref.report.text import visible
 
 #: Curves as the page has them: ``axes``, the steps (float64); by key, which of the axes, and the values (float32).

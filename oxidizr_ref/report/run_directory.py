@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from oxidizr_ref.checkpoint import disk, format
 from oxidizr_ref.checkpoint.contents import parsed_metadata
+from oxidizr_ref.checkpoint.records import Record, read_records
 from oxidizr_ref.checkpoint.store import CheckpointStore, check_name
 from oxidizr_ref.config import Config
 from oxidizr_ref.errors import CheckpointError, UsageError
 from oxidizr_ref.interop.source import readable_config
 
-#: The numbers logged at one step, by key.
-Record: TypeAlias = dict[str, Any]
-
 _PUT_AWAY = ("superseded", "quarantine")
-_LARGEST_STEP = 1 << 53  # above it a float64 misses steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ def open_run(directory: Path) -> RunDirectory:
     store = CheckpointStore(directory)
     if not store.steps() and not disk.exists(directory / "metrics.jsonl"):
         raise UsageError(f"{directory}: holds no run (neither metrics.jsonl nor a step file); {_where_runs_are(directory)}")
-    records, broken = _records(directory / "metrics.jsonl")
+    records, broken = read_records(directory / "metrics.jsonl")
     files = _step_files(directory)
     metadata = _metadata_of_newest(files)
     settings = _json(directory / "config.json") or metadata.get("config")
@@ -104,40 +99,6 @@ def _where_runs_are(directory: Path) -> str:
     below = [path for path in sorted(directory.iterdir()) if path.is_dir() and path.name not in _PUT_AWAY]
     runs = [str(path) for path in below if disk.exists(path / "metrics.jsonl") or CheckpointStore(path).steps()]
     return f"but runs are below it: {', '.join(runs)}" if runs else "give the directory of a run, its checkpoint_dir"
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def _records(path: Path) -> tuple[list[Record], int]:
-    """The lines of a metrics file, those of one step as one record; and how many were none."""
-    found: dict[int, Record] = {}
-    broken = 0
-    for line in disk.read(path).splitlines() if disk.exists(path) else ():
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            step = None
-        if type(step) is int and 0 <= step < _LARGEST_STEP:
-            found.setdefault(step, {}).update(record)
-        elif line.strip():
-            broken += 1
-    return [found[step] for step in sorted(found)], broken
-
-
-def number(value: Any) -> float | None:
-    """A logged value as a finite float; None for whatever else it is."""
-    try:
-        return float(value) if type(value) in (int, float) and math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def curve(records: Sequence[Record], key: str) -> list[tuple[int, float]]:
-    """The steps at which ``key`` was logged as a number, and the numbers."""
-    found = ((record["step"], number(record.get(key))) for record in records)
-    return [(step, value) for step, value in found if value is not None]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -167,7 +128,7 @@ def _branch_directories(superseded: Path) -> list[Path]:
 
 
 def _branch(path: Path) -> Branch:
-    return Branch(path.name, _step_files(path), *_records(path / "metrics.jsonl"))
+    return Branch(path.name, _step_files(path), *read_records(path / "metrics.jsonl"))
 
 
 def _metadata_of_newest(files: Sequence[StepFile]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from oxidizr_ref.checkpoint.records import curve
 from oxidizr_ref.interop.model_card import layers_in_words
 from oxidizr_ref.memory import model_parts
-from oxidizr_ref.report.run_directory import Branch, RunDirectory, StepFile, curve
+from oxidizr_ref.report.run_directory import Branch, RunDirectory, StepFile
 from oxidizr_ref.report.samples import Written
 from oxidizr_ref.report.text import short, shown, size_of, table, value
 
