@@ -47,8 +47,9 @@ import numpy as np
 from figures import COLORS, plt
 
 from oxidizr_ref import LanguageModel, Trainer, load_config, rng
-from oxidizr_ref.evaluation import joined, scores, whole_windows
+from oxidizr_ref.config import DataConfig
 from oxidizr_ref.data import open_stream
+from oxidizr_ref.evaluation import joined, scores, whole_windows
 from oxidizr_ref.generation import generate
 from oxidizr_ref.interop.opened import open_model
 from oxidizr_ref.interop.pack import Wishes, pack
@@ -286,7 +287,8 @@ print(command("eval run -d sums.validation.bin --documents-apart"))
 
 # %%
 opened = open_model(HERE / "run")  # the newest whole checkpoint
-found = joined(scores(opened.model(), whole_windows(stream, 64, 8, apart=True), 64))
+APART = DataConfig(document_boundaries="reset")
+found = joined(scores(opened.model(), whole_windows(stream, 64, 8, APART), 64))
 (told,) = json.loads(command("eval run -d sums.validation.bin --documents-apart --batch-size 8 --json"))["models"]
 assert told["loss"] == found.loss()
 print("in Python, with the same batches: the same loss to the last bit")
@@ -573,7 +575,7 @@ half = pack(choose(HERE / "run", "final"), Wishes(name="sums-bf16", username="me
 small = open_model(HERE / "half").model()
 size_f32, size_bf16 = packed.sizes["model.safetensors"], half.sizes["model.safetensors"]
 loss_f32, loss_bf16 = (
-    joined(scores(m, whole_windows(stream, 64, 8, apart=True), 64)).loss() for m in (opened.model(), small)
+    joined(scores(m, whole_windows(stream, 64, 8, APART), 64)).loss() for m in (opened.model(), small)
 )
 assert size_bf16 < 0.52 * size_f32
 assert abs(loss_bf16 - loss_f32) < 0.01
