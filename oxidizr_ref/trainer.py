@@ -36,6 +36,7 @@ from oxidizr_ref.fingerprint import fingerprint
 from oxidizr_ref.layers.feed_forward import Routing
 from oxidizr_ref.loss_scale import LossScale
 from oxidizr_ref.memory import out_of_memory
+from oxidizr_ref.memory_now import resident_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
 from oxidizr_ref.run import FirstWeights, Outcome, Record, Reporter, RunOptions, Witness
@@ -257,6 +258,8 @@ class Trainer:
         record |= {"it/s": speed, "tokens/s": speed * self.tokens_a_step}
         logged = self._is_logged(self.step)
         if logged:
+            if memory := resident_bytes(self.device):
+                record["memory_mb"] = memory / 1e6
             self._log(record)
             self._seconds.clear()
         self.reporter.step(record, logged)

@@ -95,9 +95,10 @@ def page_of(*directories: Path, texts: int = 0) -> Page:
 def test_every_curve_holds_what_was_logged_to_the_last_bit_of_a_float32(finished: tiny.Run) -> None:
     page = page_of(finished.directory)
     lines = [json.loads(line) for line in (finished.directory / "metrics.jsonl").read_text().splitlines()]
-    for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "it/s", "tokens/s", "balance_loss"):
+    for key in ("loss", "eval_loss", "grad_norm", "learning_rate", "it/s", "tokens/s", "memory_mb", "balance_loss"):
         logged = {line["step"]: float(np.float32(line[key])) for line in lines if key in line}
         assert page.curve(key) == sorted(logged.items())
+    assert [step for step, held in page.curve("memory_mb") if held > 0] == [1, 2, 3, 4, 5, 6]
     assert page.curve("expert_entropy.0") == [
         (line["step"], float(np.float32(line["expert_entropy"][0]))) for line in lines if "loss" in line
     ]

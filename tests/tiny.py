@@ -88,8 +88,8 @@ WIDE: dict[str, dict[str, Any]] = {
     "mamba3_mimo": {**_WIDE, **_STATES, **_MIMO, "num_layers": 2, "mamba_layers": [1]},
 }
 
-#: Fields of metrics.jsonl that tell the time.
-TIMES = frozenset({"it/s", "tokens/s"})
+#: Fields of metrics.jsonl that tell of the time and the machine, not of the training.
+TIMES = frozenset({"it/s", "tokens/s", "memory_mb"})
 
 _WORDS = ("the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "mat", "tree", "house", "and", "it", "blue")
 

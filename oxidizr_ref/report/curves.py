@@ -26,6 +26,7 @@ _KNOWN: list[tuple[str, str, dict[str, str]]] = [
     ("Gradient norm", "before clipping", {"grad_norm": ""}),
     ("Steps a second", "", {"it/s": ""}),
     ("Tokens a second", "", {"tokens/s": ""}),
+    ("Memory", "MB held", {"memory_mb": ""}),
     ("Balance loss", "1 is even", {"balance_loss": ""}),
 ]
 _NOT_DRAWN = {"step", "epoch", "final"}  # the axis, a line in the step, a mark

@@ -38,6 +38,7 @@ def write_run(directory: Path, steps: int, scale: float = 1.0, **more: Any) -> P
                 "dropped_tokens": 0,
                 "it/s": 20 + math.sin(step / 10),
                 "tokens/s": 5000 + step % 7,
+                "memory_mb": 80 + step % 3,
                 **more,
             }
             if step % 500 == 0:
@@ -112,16 +113,16 @@ def test_every_chart_has_its_curve_a_few_points_a_pixel_and_all_values_behind_it
 ) -> None:
     browser.open(page)
     titles = browser.ask("charts.map(chart => chart.title)")
-    wanted = ["Loss", "Learning rate", "Gradient norm", "Steps a second", "Tokens a second", "Balance loss"]
+    wanted = ["Loss", "Learning rate", "Gradient norm", "Steps a second", "Tokens a second", "Memory", "Balance loss"]
     assert titles == [*wanted, "Entropy of expert load"]
     assert browser.ask("charts.map(chart => chart.curves.map(curve => curve.xs.length))") == [
         [STEPS, STEPS // 500],
-        *[[STEPS]] * 5,
+        *[[STEPS]] * 6,
         [STEPS, STEPS],
     ]
     for width, points in browser.ask("charts.map(chart => [chart.svg.clientWidth, chart.drawn / chart.curves.length])"):
         assert width / 4 < points < 4 * width
-    assert browser.ask("document.querySelectorAll('svg.chart path.curve').length") == 9
+    assert browser.ask("document.querySelectorAll('svg.chart path.curve').length") == 10
     assert browser.ask("heats.map(heat => heat.drawn)") == [239, 239]  # 10,000 steps in columns of 42
 
 
@@ -219,7 +220,7 @@ def test_everything_works_from_the_keyboard(browser: chromium.Chromium, page: Pa
     browser.key("Escape")
     assert browser.ask("view.cursor") is None
     focusable = "svg.chart[tabindex], #controls button, #controls input, figcaption button"
-    assert browser.ask(f"document.querySelectorAll('{focusable}').length") == 7 + 3 + 1 + 7
+    assert browser.ask(f"document.querySelectorAll('{focusable}').length") == 8 + 3 + 1 + 8
 
 
 def test_smoothing_draws_the_mean_over_what_was_logged(browser: chromium.Chromium, page: Path) -> None:
