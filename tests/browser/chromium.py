@@ -134,6 +134,10 @@ class Chromium:
         self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         return time.perf_counter() - began
 
+    def arrives(self, url: str) -> None:
+        """Wait until the page has gone on to an address by itself. To ask it anything while it is on its way may fail."""
+        self._until(lambda found: found.get("method") == "Page.frameNavigated" and found["params"]["frame"]["url"] == url)
+
     def ask(self, expression: str) -> Any:
         """The value of an expression of JavaScript on the page, promises awaited."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

@@ -108,5 +108,6 @@ def test_equations_are_drawn_and_follow_the_reader_s_colours(page, address, dark
 
 
 def test_the_address_of_the_site_leads_to_its_first_page(page, address):
-    go(page, address)
-    until(page, "location.pathname === '/docs/index.html'")
+    page.send("Page.navigate", url=address)
+    page.arrives(f"{address}docs/index.html")
+    until(page, "document.readyState === 'complete' && document.querySelector('article h1') !== null")
