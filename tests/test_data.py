@@ -460,7 +460,7 @@ def test_an_error_is_raised_when_its_batch_is_asked_for_and_again_after_that(pre
 
 
 def wait_until_full(loader: BatchLoader, prefetch: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while len(loader._ready) < prefetch and time.monotonic() < deadline:
         time.sleep(0.001)
     assert len(loader._ready) == prefetch
@@ -473,7 +473,7 @@ def test_reading_ahead_stops_at_the_queue_and_a_full_queue_closes_at_once(prefet
     begin = time.monotonic()
     loader.close()
     loader.close()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 5.0
     assert not loader._thread.is_alive()
 
 
@@ -490,13 +490,13 @@ def test_closing_does_not_wait_for_a_read_that_hangs() -> None:
 
     class Hanging(Windows):
         def batch(self, cursor: int, batch_size: int) -> data.Batch:
-            release.wait(10)
+            release.wait(60)
             return super().batch(cursor, batch_size)
 
     loader = BatchLoader(Hanging(counting(100), 4), 0, 2, 1)
     begin = time.monotonic()
     loader.close()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 5.0
     release.set()
     loader._thread.join(5)
     assert not loader._thread.is_alive()
@@ -508,7 +508,7 @@ def test_a_program_that_forgets_to_close_still_ends() -> None:
         "windows = Windows(TokenStream([Source('x', np.arange(100, dtype=np.uint32))]), 4)\n"
         "loader = BatchLoader(windows, 0, 2, 3); next(loader)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=5)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(("batch_size", "prefetch"), [(0, 0), (1, -1)])

@@ -54,8 +54,10 @@ def test_the_full_logits_never_exist(tmp_path):
     peak, parameters, estimate = peak_of_two_steps_and_a_save(
         tmp_path, CONFIG % {"hidden": 32, "layers": 1, "heads": 2, "inner": 64, "vocab": 64000}
     )
+    # Beside weights, gradients and moments (16 bytes a parameter) there are an interpreter of up to 90 MB and the logits of
+    # one chunk, 134 MB: 0.43 of the full logits. An allocator may keep some more; the full logits would be another 1.0.
     full_logits = 4 * 512 * 64000 * 4  # 524 MB
-    assert peak < 16 * parameters + 0.4 * full_logits
+    assert peak < 16 * parameters + 0.6 * full_logits
     assert estimate == pytest.approx(peak, rel=0.25)
 
 
