@@ -28,6 +28,7 @@ _BETWEEN_WORDS = re.compile("[A-Za-z](?= [A-Za-z])")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _MOST_BAD, _FEW_BAD = 0.3, 3  # of the characters of a block; more than both, and it is no text in this encoding
 _BOM = "\ufeff"
+_from_json = json.JSONDecoder().decode  # `json.loads` asks anew for every line what kind of decoder is wanted
 
 
 class Piece(NamedTuple):
@@ -144,54 +145,63 @@ class Reader:
     def _of_lines(self, source: Source, texts: Iterable[str]) -> Iterator[Piece]:
         for number, line in enumerate(_lines(texts), 1):
             if line and not line.isspace():
-                yield from self._of_line(f"{source.name}, line {number}", line)
+                try:
+                    yield from self._of_line(line)
+                except DataError as error:
+                    raise DataError(f"{source.name}, line {number}: {error}") from None
 
-    def _of_line(self, place: str, line: str) -> Iterator[Piece]:
+    def _of_line(self, line: str) -> Iterable[Piece]:
         try:
-            entry = json.loads(line)
+            entry = _from_json(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: is no JSON ({error}); mend or remove the line") from None
-        layouts = [keys for keys in (_TEXT, _ANSWER, _CHAT) if isinstance(entry, dict) and keys <= entry.keys()]
-        if len(layouts) != 1:
-            keys = f"has the keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else "is no object"
-            raise DataError(f"{place}: {keys}; a document is {_LAYOUTS_SHOWN}")
-        if len(entry) > len(layouts[0]):
-            self.left_out.update(entry.keys() - layouts[0])
-        if layouts == [_TEXT]:
-            yield from self._of_text([self._string(place, line, entry, "text")])
-            return
-        if layouts == [_CHAT]:
-            messages = [*self._messages(place, line, entry["messages"])]
-        else:
-            given = [("user", "prompt"), ("assistant", "response")]
-            messages = [Message(role, self._string(place, line, entry, key)) for role, key in given]
+            raise DataError(f"is no JSON ({error}); mend or remove the line") from None
+        if not isinstance(entry, dict):
+            raise DataError(f"is no object; a document is {_LAYOUTS_SHOWN}")
+        is_text, is_chat = "text" in entry, "messages" in entry
+        is_answer = "prompt" in entry and "response" in entry
+        if is_text + is_chat + is_answer != 1:
+            raise DataError(f"has the keys {', '.join(map(repr, entry))}; a document is {_LAYOUTS_SHOWN}")
+        layout = _ANSWER if is_answer else _CHAT if is_chat else _TEXT
+        if len(entry) > len(layout):
+            self.left_out.update(entry.keys() - layout)
+        if is_text:
+            return self._of_string(self._string(line, entry, "text"))
+        if is_chat:
+            return self._of_messages([*self._messages(line, entry["messages"])])
+        given = [("user", "prompt"), ("assistant", "response")]
+        return self._of_messages([Message(role, self._string(line, entry, key)) for role, key in given])
+
+    def _of_string(self, text: str) -> Iterable[Piece]:
+        if len(text) >= self._enough or self._ends.search(text):
+            return self._of_text([text])
+        # As `_of_text` would; but most lines are short, and then what a generator costs is much of what a line costs.
+        return () if not text or text.isspace() else (Piece(text, True, True, True),)
+
+    def _of_messages(self, messages: list[Message]) -> Iterable[Piece]:
         last = messages[-1]
         content = self._without_end(last.content)
         self.ends_seen |= content != last.content
         parts = chat_parts([*messages[:-1], last._replace(content=content)])
-        for i, (text, response) in enumerate(parts):
-            yield Piece(text, response, i == 0, i == len(parts) - 1)
+        return [Piece(text, response, i == 0, i == len(parts) - 1) for i, (text, response) in enumerate(parts)]
 
-    def _messages(self, place: str, line: str, messages: Any) -> Iterator[Message]:
+    def _messages(self, line: str, messages: Any) -> Iterator[Message]:
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"{place}: messages is no list, or is empty; a document is {_LAYOUTS_SHOWN}")
+            raise DataError(f"messages is no list, or is empty; a document is {_LAYOUTS_SHOWN}")
         for message in messages:
             if not isinstance(message, dict) or message.get("role") not in ROLES:
                 role = repr(message.get("role")) if isinstance(message, dict) else "none"
-                raise DataError(f"{place}: a message has the role {role}; there are {', '.join(ROLES)}")
+                raise DataError(f"a message has the role {role}; there are {', '.join(ROLES)}")
             self.left_out.update(f"messages.{key}" for key in message.keys() - {"role", "content"})
-            yield Message(message["role"], self._string(place, line, message, "content"))
+            yield Message(message["role"], self._string(line, message, "content"))
 
-    def _string(self, place: str, line: str, entry: Mapping[str, Any], key: str) -> str:
+    def _string(self, line: str, entry: Mapping[str, Any], key: str) -> str:
         text = entry.get(key)
         if not isinstance(text, str):
-            raise DataError(
-                f"{place}: {key} is {'no string' if key in entry else 'missing'}; a document is {_LAYOUTS_SHOWN}"
-            )
+            raise DataError(f"{key} is {'no string' if key in entry else 'missing'}; a document is {_LAYOUTS_SHOWN}")
         if "\\u" in line:  # only escapes can make what is no Unicode
             cleaned, bad = _SURROGATES.subn("\ufffd", text)
             if bad and not self.replace:
-                raise DataError(f"{place}: {key} has half a surrogate pair; mend the line, or give --errors replace")
+                raise DataError(f"{key} has half a surrogate pair; mend the line, or give --errors replace")
             self.replaced += bad
             return cleaned
         return text
