@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from oxidizr_ref.backend import Array
+from oxidizr_ref.checkpoint.records import Record
 
 if TYPE_CHECKING:
     from oxidizr_ref.trainer import Trainer
-
-#: The metrics of one step.
-Record: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oxidizr_ref.backend import Array
+from oxidizr_ref.checkpoint.records import Record
 from oxidizr_ref.layers.feed_forward import Routing, router_metrics
-from oxidizr_ref.run import Record
 from oxidizr_ref.transfers import Reading
 
 

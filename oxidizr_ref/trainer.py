@@ -24,6 +24,7 @@ from oxidizr_ref.backend import STORAGE_DTYPES, Array, compute_dtype, device_of,
 from oxidizr_ref.batch_loader import BatchLoader
 from oxidizr_ref.checkpoint import state
 from oxidizr_ref.checkpoint.format import predict_size
+from oxidizr_ref.checkpoint.records import Record
 from oxidizr_ref.checkpoint.saver import Saver
 from oxidizr_ref.checkpoint.state import RunState
 from oxidizr_ref.checkpoint.store import CheckpointStore, Found, Retention
@@ -39,7 +40,7 @@ from oxidizr_ref.memory import out_of_memory
 from oxidizr_ref.memory_now import resident_bytes
 from oxidizr_ref.model import LanguageModel
 from oxidizr_ref.optim import AdamW
-from oxidizr_ref.run import FirstWeights, Outcome, Record, Reporter, RunOptions, Witness
+from oxidizr_ref.run import FirstWeights, Outcome, Reporter, RunOptions, Witness
 from oxidizr_ref.signals import Signals
 from oxidizr_ref.step_metrics import StepMetrics, StepNumbers
 

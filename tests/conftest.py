@@ -19,6 +19,12 @@ settings.register_profile("long", deadline=None, print_blob=True, max_examples=3
 settings.load_profile("short")
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """What is left out is said, also where tests run on several cores: there pytest does not count it."""
+    chosen = config.getoption("markexpr")
+    return f"tests chosen with -m: {chosen}" if chosen else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs on the stand-in for CUDA is `thorough`; what needs a CUDA device is skipped without one."""

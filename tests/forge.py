@@ -86,7 +86,7 @@ class Ended:
     def records(self) -> list[dict[str, Any]]:
         """The JSON lines of a headless run, their deterministic fields only."""
         lines = [json.loads(line) for line in self.out.splitlines()]
-        return [{key: value for key, value in line.items() if key not in tiny.TIMES} for line in lines]
+        return [{key: value for key, value in line.items() if key not in tiny.OF_THE_MACHINE} for line in lines]
 
 
 # --- in the test ------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Place:
         path = self.directory / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [{key: value for key, value in record.items() if key not in tiny.TIMES} for record in records]
+        return [{key: value for key, value in record.items() if key not in tiny.OF_THE_MACHINE} for record in records]
 
     def superseded_found(self) -> list[tuple[list[int], list[Record]]]:
         numbers = sorted(int(path.name) for path in self.directory.glob("superseded/*"))

@@ -298,6 +298,18 @@ def test_cutting_anywhere_changes_no_token_of_bytes_or_characters(
     assert tokens_of(tmp_path) == whole.tolist()
 
 
+def tokens_of_pieces(tmp_path: Path, text: str, name: str, piece: int, near: int) -> list[int]:
+    """The tokens of a document that is cut into such pieces, without its end."""
+    (tmp_path / "a.txt").write_text(text, newline="")
+    tokenizer = known(name)
+    with (
+        mock.patch.multiple(documents, PIECE=piece, _NEAR=near),
+        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
+    ):
+        make(tmp_path, tmp_path / "a.txt", threads=1)
+    return tokens_of(tmp_path)[:-1]
+
+
 @given(
     words=st.lists(st.sampled_from(["the", "cat's", "É", "42", "};", "// x", "x", "日本"]), min_size=30, max_size=80),
     seed=st.integers(0, 99),
@@ -309,38 +321,17 @@ def test_cutting_behind_line_ends_or_between_words_changes_no_token(
     gaps = np.random.default_rng(seed).choice([" ", " ", "\n", " ", "  ", "\n\n", " a b ", "\nab\n"], len(words))
     gaps[::3] = " a b "  # so that there is a place in every piece
     text = "".join(word + gap for word, gap in zip(words, gaps, strict=True)) + "end"
-    (tmp_path / "a.txt").write_text(text)
-    tokenizer = known(name)
-    with (
-        mock.patch.multiple(documents, PIECE=50, _NEAR=50),
-        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
-    ):
-        make(tmp_path, tmp_path / "a.txt", threads=1)
-    assert tokens_of(tmp_path)[:-1] == tokenizer.encode(text).tolist()
+    assert tokens_of_pieces(tmp_path, text, name, piece=50, near=50) == known(name).encode(text).tolist()
 
 
 def test_no_cut_is_before_a_slash_which_o200k_takes_together_with_the_line_end(tmp_path: Path) -> None:
     text = "};\n// note\n" * 20
-    (tmp_path / "a.txt").write_text(text)
-    tokenizer = known("o200k_base")
-    with (
-        mock.patch.multiple(documents, PIECE=50, _NEAR=50),
-        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
-    ):
-        make(tmp_path, tmp_path / "a.txt", threads=1)
-    assert tokens_of(tmp_path)[:-1] == tokenizer.encode(text).tolist()
+    assert tokens_of_pieces(tmp_path, text, "o200k_base", piece=50, near=50) == known("o200k_base").encode(text).tolist()
 
 
 def test_a_place_between_words_may_be_far_from_the_end_of_a_piece(tmp_path: Path) -> None:
     text = "a word of 12345678.12345678.12345678.12345678.12345678\r\n" * 9
-    (tmp_path / "a.txt").write_text(text, newline="")
-    tokenizer = known("cl100k_base")
-    with (
-        mock.patch.multiple(documents, PIECE=100, _NEAR=10),
-        mock.patch.object(pipeline, "get_tokenizer", lambda *_: tokenizer),
-    ):
-        make(tmp_path, tmp_path / "a.txt", threads=1)
-    assert tokens_of(tmp_path)[:-1] == tokenizer.encode(text).tolist()
+    assert tokens_of_pieces(tmp_path, text, "cl100k_base", piece=100, near=10) == known("cl100k_base").encode(text).tolist()
 
 
 def test_threads_blocks_compression_and_standard_input_change_no_byte(

@@ -89,7 +89,7 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 #: Fields of metrics.jsonl that tell of the time and the machine, not of the training.
-TIMES = frozenset({"it/s", "tokens/s", "memory_mb"})
+OF_THE_MACHINE = frozenset({"it/s", "tokens/s", "memory_mb"})
 
 _WORDS = ("the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "mat", "tree", "house", "and", "it", "blue")
 
@@ -291,7 +291,7 @@ def step_files(directory: Path) -> dict[int, str]:
     return {step: sha256(directory / f"step_{step}.safetensors") for step in steps_in(directory)}
 
 
-def metrics_of(directory: Path, without: frozenset[str] = TIMES) -> list[dict[str, Any]]:
+def metrics_of(directory: Path, without: frozenset[str] = OF_THE_MACHINE) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, their deterministic fields only."""
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in without} for line in lines]

@@ -12,9 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from oxidizr_ref.checkpoint.records import Record
 from oxidizr_ref.config import load_config
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.run import Record, Reporter
+from oxidizr_ref.run import Reporter
 from oxidizr_ref.trainer import Trainer
 
 SETTINGS = ("trainer.eval_fraction=0", "trainer.max_checkpoints=2", "trainer.target_device=cpu", "trainer.num_epochs=1000")

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from oxidizr_ref import optim, parallel
+from oxidizr_ref.checkpoint.records import Record
 from oxidizr_ref.config import Config, load_config
 from oxidizr_ref.memory_now import peak_bytes
 from oxidizr_ref.model import LanguageModel
-from oxidizr_ref.run import Record, Reporter
+from oxidizr_ref.run import Reporter
 from oxidizr_ref.trainer import Trainer
 
 DOCS = Path(__file__).resolve().parent.parent

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from oxidizr_ref.checkpoint import disk
 
+#: The metrics of one step.
 Record: TypeAlias = dict[str, Any]
 
 _LARGEST_STEP = 1 << 53  # above it a float64 misses steps

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from oxidizr_ref.checkpoint.disk import free_bytes
+from oxidizr_ref.checkpoint.records import Record
 from oxidizr_ref.cli.banner import panel, rows, warnings
 from oxidizr_ref.cli.terminal import can_draw, console
 from oxidizr_ref.cli.words import duration, of, printable_lines
 from oxidizr_ref.memory_now import resident_bytes
-from oxidizr_ref.run import Record, Reporter
+from oxidizr_ref.run import Reporter
 
 if TYPE_CHECKING:
     from oxidizr_ref.trainer import Trainer

@@ -63,10 +63,20 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
     state = read_json(own)
     try:
         if state.get("name") == JSON_NAME:
-            state["json"] = disk.read(given).decode()
+            state["json"] = _text_of(given)
         return tokenizer_from_state(state)
-    except (DataError, OSError, UnicodeDecodeError) as error:
+    except (DataError, OSError) as error:
         raise DataError(f"{own}: {error}") from None
+
+
+def _text_of(given: Path) -> str:
+    if not disk.exists(given):
+        raise DataError(f"there is no {JSON_NAME} beside it; get it from where the model is from")
+    try:
+        return disk.read(given).decode()
+    except UnicodeDecodeError as error:
+        what = f"{given.name} is not UTF-8 (byte {error.start})"
+        raise DataError(f"{what}; get it anew from where the model is from") from None
 
 
 def _made_for(tokenizer: Tokenizer, state: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -131,19 +131,20 @@ class TokenWriter:
             if ids.size:
                 self._close_response(self.tokens + 1)  # the token behind a response is to be learnt, too
         elif self._opened is None:
-            self._opened = self.tokens
+            self._opened = self._tokens.count
         self._tokens.append(ids)
 
     def end_document(self) -> None:
         """The document is over. One without any token is none."""
-        length = self.tokens - self._begin
+        length = self._tokens.count - self._begin
         if length:
             self._tokens.append(self._end)
-            self._begins.append(self._begin - self._end.size if self.documents else 0)
+            # As model input a document begins with the end of the one before (`token_files`).
+            self._begins.append(max(self._begin - self._end.size, 0))
             if self._statistics is not None:
                 self._statistics.take_document(length)
-        self._close_response(self.tokens)
-        self._begin = self.tokens
+        self._begin = self._tokens.count
+        self._close_response(self._begin)
         if len(self._begins) >= _NUMBERS or len(self._spans) >= _NUMBERS:
             self._flush()
 
