@@ -41,9 +41,9 @@ class Generation:
     """Continues ``prompts``, each of at least one token, step by step, wherever the model lives.
 
     ends: tokens that end a sequence; the caller may give one more of its own. below: only ids below this are drawn (a model
-    may know more than its tokenizer). Attention sees the last ``max_seq_len`` tokens. Equal arguments give equal tokens:
-    token i of sequence b is drawn by random number i of the stream (seed, b). Raises UsageError for an empty prompt, and
-    DataError for an id outside the vocabulary.
+    may know more than its tokenizer). first: the number of the first sequence, where others came before it. Attention sees
+    the last ``max_seq_len`` tokens. Equal arguments give equal tokens: token i of sequence b is drawn by random number i of
+    the stream (seed, b). Raises UsageError for an empty prompt, and DataError for an id outside the vocabulary.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class Generation:
         ends: Collection[int] = (),
         below: int | None = None,
         log_probs: bool = False,
+        first: int = 0,
     ) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise UsageError("a prompt is empty; give at least one token")
-        self.model, self.sampling, self.below, self._log_probs = model, sampling, below, log_probs
+        self.model, self.sampling, self.below, self._log_probs, self._first = model, sampling, below, log_probs, first
         vocabulary, count = model.config.vocab_size, sampling.max_tokens
         ids = [checked_ids(prompt, vocabulary, "prompt: token").astype(np.int64) for prompt in prompts]
         self.sequences = [Continuation(prompt, frozenset(ends)) for prompt in ids]
@@ -114,7 +115,8 @@ class Generation:
     def _random_number(self, index: int, token: int) -> float:
         """Number ``token`` of a sequence's stream. Twice as many are made each time: ``max_tokens`` may be without end."""
         if token == self._draws[index].size:
-            self._draws[index] = rng.uniform(self.sampling.seed, "sample", _stream(index), 0, max(64, 2 * token))
+            stream = _stream(self._first + index)
+            self._draws[index] = rng.uniform(self.sampling.seed, "sample", stream, 0, max(64, 2 * token))
         return float(self._draws[index][token])
 
     def _logits(self) -> NDArray[Any]:
@@ -131,8 +133,8 @@ class Generation:
         return to_host(self.model.step(self._next, self._cache).data)
 
 
-def _stream(index: int) -> str:
-    return "token" if index == 0 else f"token of sequence {index}"
+def _stream(sequence: int) -> str:
+    return "token" if sequence == 0 else f"token of sequence {sequence}"
 
 
 def _keep(cache: Any, rows: NDArray[np.int64]) -> None:

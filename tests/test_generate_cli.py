@@ -138,6 +138,26 @@ def test_several_prompts_are_numbered_and_each_is_continued_with_draws_of_its_ow
     assert greedy[0] == greedy[1]
 
 
+def test_many_prompts_are_drawn_some_at_a_time_with_the_draws_of_all_at_once(
+    run: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [word for text in ("the cat", "a", "a", "the dog", "a") for word in ("-p", text)]
+    together = told.json(run, *flags, *FEW, "--temperature", 1.5, "--logprobs")
+    monkeypatch.setattr("oxidizr_ref.cli.generate._TOGETHER", 2)
+    apart = told.json(run, *flags, *FEW, "--temperature", 1.5, "--logprobs")
+    log_probs = [answer.pop("logprobs") for answer in apart]
+    assert np.allclose(np.concatenate(log_probs), np.concatenate([a.pop("logprobs") for a in together]), atol=1e-4)
+    assert apart == together and len({str(apart[i]["tokens"]) for i in (1, 2, 4)}) == 3
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_before_any_is_answered(
+    chars: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oxidizr_ref.cli.generate._TOGETHER", 1)
+    line = told.error(chars, "-p", "the", "-p", "the cat", "-p", "the Z")
+    assert "prompt 3: 'Z' (U+005A)" in line
+
+
 def test_prompts_come_from_a_file_of_text_one_a_line(run: Path, told: Told, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbfthe cat\r\n\r\n  \na dog\x0bran\n")
@@ -413,15 +433,15 @@ def conversed(monkeypatch: pytest.MonkeyPatch, path: Path, lines: list[Any], *fl
             raise line
         return str(line)
 
-    original = cli_generate._Writer._generation
+    original = cli_generate._Writer.stream
 
-    def noted(self: Any, asked: Any, sampling: Sampling) -> Any:
-        given.extend(prompt if isinstance(prompt, str) else "".join(chat_prompt(prompt)) for prompt in asked)
-        return original(self, asked, sampling)
+    def noted(self: Any, prompt: Any, turn: int = 0) -> str:
+        given.append(prompt if isinstance(prompt, str) else "".join(chat_prompt(prompt)))
+        return original(self, prompt, turn)
 
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr(cli_generate._Writer, "_generation", noted)
+    monkeypatch.setattr(cli_generate._Writer, "stream", noted)
     assert _run(["generate", str(path), *map(str, flags)]) == 0
     return given
 

@@ -31,6 +31,7 @@ from oxidizr_ref.text_stream import TextStream
 
 _PROMPT, _DRAWING, _OUTPUT = "Prompt", "Drawing", "Output"
 _DEFAULT = Sampling()
+_TOGETHER = 64  # prompts whose answers are drawn side by side: 256 are 1.7 times as fast, for four times the memory
 
 
 def generate(
@@ -202,9 +203,18 @@ class _Writer:
         return "<|user|>" in self.tokenizer.special_tokens
 
     def answers(self, asked: list[_Prompt]) -> Iterator[dict[str, Any]]:
-        """What each prompt is answered with, in their order, all drawn side by side."""
-        generation = self._generation(asked, self.sampling)
-        ids = [sequence.prompt for sequence in generation.sequences]
+        """What each prompt is answered with, in their order. Raises DataError before the first answer."""
+        ids = []
+        for number, prompt in enumerate(asked, 1):
+            try:
+                ids.append(self._ids(prompt))
+            except DataError as error:
+                raise DataError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
+        for first in range(0, len(asked), _TOGETHER):
+            yield from self._answers_of(asked[first : first + _TOGETHER], ids[first : first + _TOGETHER], first)
+
+    def _answers_of(self, asked: list[_Prompt], ids: list[NDArray[np.int64]], first: int) -> Iterator[dict[str, Any]]:
+        generation = self._generation(asked, ids, self.sampling, first)
         texts = [TextStream(self.tokenizer, self._stops, prompt.tolist()) for prompt in ids]
         while not generation.done:
             for index in generation.step():
@@ -219,7 +229,7 @@ class _Writer:
     def stream(self, prompt: _Prompt, turn: int = 0) -> str:
         """Answer a prompt on stdout, piece by piece. turn: how many answers of a conversation came before. Returns it."""
         sampling = replace(self.sampling, seed=(self.sampling.seed + turn) % 2**64)
-        generation = self._generation([prompt], sampling)
+        generation = self._generation([prompt], [self._ids(prompt)], sampling)
         (sequence,) = generation.sequences
         text = TextStream(self.tokenizer, self._stops, sequence.prompt.tolist())
         began = time.perf_counter()
@@ -235,15 +245,11 @@ class _Writer:
         print(f"[{rate}, ended by {finish}]", file=sys.stderr, flush=True)
         return text.text
 
-    def _generation(self, asked: list[_Prompt], sampling: Sampling) -> Generation:
-        """Raises DataError for what cannot be encoded, naming the prompt where there are several."""
-        ids = []
-        for number, prompt in enumerate(asked, 1):
-            try:
-                ids.append(self._ids(prompt))
-            except DataError as error:
-                raise DataError(f"prompt {number}: {error}" if len(asked) > 1 else str(error)) from None
-        generation = Generation(self._model, ids, sampling, self._ends, self.tokenizer.vocab_size, self._log_probs)
+    def _generation(
+        self, asked: list[_Prompt], ids: list[NDArray[np.int64]], sampling: Sampling, first: int = 0
+    ) -> Generation:
+        below = self.tokenizer.vocab_size
+        generation = Generation(self._model, ids, sampling, self._ends, below, self._log_probs, first)
         special = self.tokenizer.special_tokens
         roles = {special[f"<|{role}|>"] for role in ROLES if f"<|{role}|>" in special}
         for prompt, sequence in zip(asked, generation.sequences, strict=True):
