@@ -1,12 +1,13 @@
 """What tells the architectures apart: the tasks are what they say, and trained models behave as the papers report.
 
-The long tests train from scratch, each in less than three minutes on two cores, and need no file; the thresholds are in
-`runs`, beside what is trained. `python -m contrasts` (docs/scripts) also writes the curves that are checked here.
+The tests of the claims train from scratch, each in less than three minutes on two cores, and need no file; the thresholds
+are in `runs`, beside what is trained. `python -m contrasts` (docs/scripts) also writes the curves that are checked here.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_a_run_gives_the_same_curve_twice_and_it_survives_its_file(tmp_path: Pat
     assert curve.steps[-1] == 12 and len(curve.losses) == len(curve.steps) == len(curve.measured["beyond 40"])
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(lambda: runs.induction(kinds=("mamba1",), steps=2), id="induction"),
+        pytest.param(lambda: runs.recall(kinds=("attention",), steps=2), id="recall"),
+        pytest.param(lambda: runs.experts(alphas=(0.1,), steps=2), id="experts"),
+    ],
+)
+def test_every_other_contrast_still_runs(begun: Callable[[], list[training.Curve]]):
+    for curve in begun():
+        assert curve.steps[-1] == 2 and np.isfinite(curve.losses).all()
+        assert all(np.isfinite(values).all() for values in curve.measured.values())
+
+
 @pytest.mark.parametrize("name", sorted(runs.CONTRASTS))
 def test_the_recorded_curves_are_small_and_show_what_the_contrast_claims(name: str):
     assert (curves.CURVES / f"{name}.json").stat().st_size < 50_000
@@ -163,6 +179,6 @@ def test_attention_recalls_eight_pairs():
     contrast("recall")
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_the_balance_loss_evens_the_load_of_experts():
     contrast("experts")

@@ -199,7 +199,7 @@ def experts(alphas: Sequence[float] = (0.0, 0.01, 0.1), steps: int = 300, seed: 
             return model.loss(windows[:, :-1], windows[:, 1:], load_balance_alpha=alpha, routings=routings[-1])
 
         def measure() -> dict[str, float]:
-            told = router_metrics(routings)
+            told = router_metrics(routings, [routing.balance.item() for batch in routings for routing in batch])
             routings.clear()
             return {
                 "entropy": float(np.mean(told["expert_entropy"])),
