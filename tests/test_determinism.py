@@ -250,7 +250,7 @@ def test_threads_change_no_byte_of_any_kind_of_model(
 )
 def test_threads_change_no_byte_with_the_package_s_own_tile_sizes(tmp_path: Path, architecture: str) -> None:
     wide = {**tiny.WIDE[architecture], "vocab_size": 24576, "max_seq_len": 264, "mamba2_chunk_size": 64}
-    if "d_rope" in wide:
+    if "d_rope" in wide:  # MLA rotates few numbers a head: with these its rotation has three tiles as well
         wide["d_rope"] = 32
     trainer = {"max_steps": 1, "batch_size": 16, "gradient_accumulation": 2}
     run = tiny.make_run(tmp_path, wide, trainer, {"path": "random"})

@@ -142,11 +142,9 @@ def test_many_prompts_are_drawn_some_at_a_time_with_the_draws_of_all_at_once(
     run: Path, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = [word for text in ("the cat", "a", "a", "the dog", "a") for word in ("-p", text)]
-    together = told.json(run, *flags, *FEW, "--temperature", 1.5, "--logprobs")
+    together = told.json(run, *flags, *FEW, "--temperature", 1.5)
     monkeypatch.setattr("oxidizr_ref.cli.generate._TOGETHER", 2)
-    apart = told.json(run, *flags, *FEW, "--temperature", 1.5, "--logprobs")
-    log_probs = [answer.pop("logprobs") for answer in apart]
-    assert np.allclose(np.concatenate(log_probs), np.concatenate([a.pop("logprobs") for a in together]), atol=1e-4)
+    apart = told.json(run, *flags, *FEW, "--temperature", 1.5)
     assert apart == together and len({str(apart[i]["tokens"]) for i in (1, 2, 4)}) == 3
 
 

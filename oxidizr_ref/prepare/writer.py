@@ -129,7 +129,7 @@ class TokenWriter:
         if not response:
             self.prompted = True
             if ids.size:
-                self._close_response(self.tokens + 1)  # the token behind a response is to be learnt, too
+                self._close_response(self._tokens.count + 1)  # the token behind a response is to be learnt, too
         elif self._opened is None:
             self._opened = self._tokens.count
         self._tokens.append(ids)
